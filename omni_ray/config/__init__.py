@@ -1,0 +1,1 @@
+"""Checked settings; importable without torch."""

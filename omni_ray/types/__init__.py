@@ -1,0 +1,1 @@
+"""Nouns that cross rooms: frozen dataclasses, protocols and errors."""
