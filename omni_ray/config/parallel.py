@@ -1,0 +1,103 @@
+"""Where and how pools run: actors, resources, precision, sharding, placement, schedule."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from omni_ray.config.model import Checked
+from omni_ray.types.errors import ConfigError
+
+
+class Resources(Checked):
+    """What one actor of a pool asks of the cluster."""
+
+    cpu: NonNegativeFloat = 1.0
+    gpu: NonNegativeFloat = 0.0
+    custom: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Custom resource labels, for instance ``{vision_gpu: 1}``."""
+
+
+class PoolConfig(Checked):
+    """One pool of actors that own one modality's network."""
+
+    actors: PositiveInt = 1
+    resources: Resources = Field(default_factory=Resources)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    """``full`` runs the encoder's forward again in its backward instead of keeping activations."""
+    shard: Literal["none", "hsdp", "zero1", "zero2", "zero3"] = "none"
+    offload: Literal["none", "cpu"] = "none"
+    threads: PositiveInt = 1
+    """Torch threads of an actor; results are bitwise comparable only at equal threads."""
+
+
+class LanguagePoolConfig(PoolConfig):
+    """The language pool; ``actors`` must equal dp x cp x pp."""
+
+    backend: Literal["native", "deepspeed"] = "native"
+    dp: NonNegativeInt = 0
+    """Data-parallel replicas; 0 = as many as actors / (cp x pp)."""
+    cp: PositiveInt = 1
+    pp: PositiveInt = 1
+    ep: PositiveInt = 1
+    pipeline: Literal["1f1b", "zero_bubble_v"] = "1f1b"
+
+    @model_validator(mode="after")
+    def ranks_fit(self) -> Self:
+        """dp x cp x pp is the number of actors."""
+        inner = self.cp * self.pp
+        if self.actors % inner or (self.dp and self.dp * inner != self.actors):
+            raise ConfigError(
+                f"pools.language.actors is {self.actors}, yet dp x cp x pp is {self.dp or 1} x {self.cp} x {self.pp}; "
+                f"set actors to their product"
+            )
+        return self
+
+
+class Pools(Checked):
+    """The four pools."""
+
+    vision: PoolConfig = Field(default_factory=PoolConfig)
+    audio: PoolConfig = Field(default_factory=PoolConfig)
+    speech: PoolConfig = Field(default_factory=PoolConfig)
+    language: LanguagePoolConfig = Field(default_factory=LanguagePoolConfig)
+
+
+class Schedule(Checked):
+    """When the calls of a step happen, and how sums are made."""
+
+    kind: Literal["barrier", "pipelined"] = "pipelined"
+    window: PositiveInt = 4
+    """Micro-batches that encoders may run ahead of the language pool."""
+    num_chunks: PositiveInt = 1
+    """Pieces in which a micro-batch's features travel."""
+    reduce: Literal["ordered", "fast"] = "ordered"
+    steps_ahead: PositiveInt = 2
+    """Steps that the feeder prepares ahead."""
+
+
+def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
+    """Refuse, by name and when the recipe loads, what later versions bring.
+
+    Raises:
+        ConfigError: names the setting, its value and what to choose.
+    """
+    later: list[tuple[str, object, object]] = [("placement", placement, "separate")]
+    for name in ("vision", "audio", "speech", "language"):
+        pool: PoolConfig = getattr(pools, name)
+        later += [(f"pools.{name}.shard", pool.shard, "none"), (f"pools.{name}.offload", pool.offload, "none")]
+        later += [(f"pools.{name}.precision", pool.precision, "fp32")]
+        if pool.recompute == "selective":
+            raise ConfigError(f"pools.{name}.recompute is selective, which is not built yet; choose none or full")
+    language = pools.language
+    if language.recompute != "none":
+        raise ConfigError(f"pools.language.recompute is {language.recompute}, which is not built yet; choose none")
+    later += [("pools.language.backend", language.backend, "native")]
+    later += [(f"pools.language.{axis}", getattr(language, axis), 1) for axis in ("cp", "pp", "ep")]
+    for name, value, built in later:
+        if value != built:
+            raise ConfigError(f"{name} is {value}, which is not built yet in this version; choose {built}")
+    if pools.speech.actors < 1:
+        raise ConfigError("pools.speech.actors must be at least 1")
