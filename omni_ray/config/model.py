@@ -92,6 +92,8 @@ class VisionConfig(Checked):
     merge: tuple[PositiveInt, PositiveInt] = (1, 2)
     """Rows and columns of patches joined into one token."""
     adaptor_dim: PositiveInt = 7168
+    projector_linears: Literal[2, 3] = 3
+    """Linears of the projector: 3 in the published demo code, 2 in the report's words."""
     output_size: PositiveInt = 6144
     """Language hidden size."""
     min_patches: PositiveInt = 576

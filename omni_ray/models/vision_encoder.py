@@ -1,0 +1,262 @@
+"""LongCat-ViT: a native-resolution vision transformer and its projector (models.md section 1)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omni_ray.config.model import VisionConfig
+from omni_ray.models.pretrained import load_weights, read_config, save_module
+from omni_ray.models.projector import Grid, VisionProjector, merged_tokens
+from omni_ray.types.errors import MediaError
+
+MODEL_TYPE = "longcat_vit"
+
+# P packed patches, C values of a flattened patch, D hidden size, N heads, d head size, L patches of one frame pair
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGrids:
+    """How packed patches fall into attention windows: one window is one frame pair of one item."""
+
+    order_P: Tensor | None
+    """[P] rows sorted by window size, so that equal windows are neighbours; None when they already are."""
+    windows: tuple[tuple[int, int], ...]
+    """(number of windows, patches in each) of every run of equal windows, in sorted order."""
+    cos_P1e: Tensor
+    """[P, 1, head size / 2] cosines of the rotation, in sorted order."""
+    sin_P1e: Tensor
+    """The sines."""
+
+
+def rope_angles(height: int, width: int, head_size: int, base: float) -> Tensor:
+    """Angles of 2D-RoPE for one frame pair, [height * width, head_size / 2] fp32, patches in raster order.
+
+    The first half of the angles turns with the patch row, the second with the column; there is no temporal position.
+
+    Source: published demo code: inv_freq_i = base^(-2i / (d/2)) for i < d/4, angle = (row inv_freq, column inv_freq).
+    """
+    steps = torch.arange(0, head_size // 2, 2, dtype=torch.float32)
+    inv_freq = base ** (-steps / (head_size // 2))
+    rows = torch.arange(height, dtype=torch.float32).repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float32).repeat(height)
+    return torch.cat([torch.outer(rows, inv_freq), torch.outer(columns, inv_freq)], dim=-1)
+
+
+def pack_grids(grids: Sequence[Grid], head_size: int, base: float, device: torch.device) -> PackedGrids:
+    """Lay out attention windows and rotations for packed items.
+
+    Args:
+        grids: (t, h, w) of every item in patches.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    starts: list[tuple[int, int, int]] = []
+    row = 0
+    for frames, height, width in grids:
+        for _ in range(frames):
+            by_length[height * width].append(len(starts))
+            starts.append((row, height, width))
+            row += height * width
+    tables = {(h, w): rope_angles(h, w, head_size, base) for _, h, w in set(grids)}
+    sorted_windows = [index for length in sorted(by_length) for index in by_length[length]]
+    angles = [tables[starts[index][1:]] for index in sorted_windows]
+    angles_P1e = torch.cat(angles).unsqueeze(1).to(device) if angles else torch.empty(0, 1, head_size // 2).to(device)
+    order_P = None
+    if len(by_length) > 1:
+        spans = [torch.arange(r, r + h * w) for r, h, w in (starts[index] for index in sorted_windows)]
+        order_P = torch.cat(spans).to(device)
+    windows = tuple((len(by_length[length]), length) for length in sorted(by_length))
+    return PackedGrids(order_P, windows, angles_P1e.cos(), angles_P1e.sin())
+
+
+def rotate(x_PNd: Tensor, cos_P1e: Tensor, sin_P1e: Tensor) -> Tensor:
+    """Turn every pair (i, i + d/2) of a head by its angle (rotate-half pairing)."""
+    first, second = x_PNd.chunk(2, dim=-1)
+    cos, sin = cos_P1e.to(x_PNd.dtype), sin_P1e.to(x_PNd.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class PatchEmbeddings(nn.Module):
+    """One linear per patch, kept in the published form of a Conv3d with kernel = stride = (2, p, p)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_embedding = nn.Conv3d(3, config.hidden_size, kernel_size=kernel, stride=kernel)
+
+    def forward(self, patches_PC: Tensor) -> Tensor:
+        """Embed flattened patches [P, 3 * 2 * p * p] (channel, time, row, column) as [P, D]."""
+        conv = self.patch_embedding
+        return F.linear(patches_PC, conv.weight.flatten(1), conv.bias)
+
+
+class Attention(nn.Module):
+    """Full attention inside each window: rotation, then RMSNorm over all heads jointly, then softmax."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(size, 3 * size, bias=False)
+        self.proj = nn.Linear(size, size)
+        self.q_norm = nn.RMSNorm(size, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(size, eps=config.norm_eps)
+
+    def forward(self, x_PD: Tensor, packed: PackedGrids) -> Tensor:
+        """Mix the patches of each window; [P, D] to [P, D]."""
+        rows, size = x_PD.shape
+        query_key, value_PD = self.qkv(x_PD).split([2 * size, size], dim=-1)
+        heads = query_key.view(rows, 2 * self.num_heads, size // self.num_heads)
+        turned = rotate(heads, packed.cos_P1e, packed.sin_P1e).view(rows, 2 * size)
+        query_PD, key_PD = turned.split(size, dim=-1)
+        query_PD, key_PD = self.q_norm(query_PD), self.k_norm(key_PD)
+        mixed, start = [], 0
+        for count, length in packed.windows:
+            run = slice(start, start + count * length)
+            shape = (count, length, self.num_heads, size // self.num_heads)
+            query, key, value = (x[run].view(shape).transpose(1, 2) for x in (query_PD, key_PD, value_PD))
+            out = F.scaled_dot_product_attention(query, key, value)
+            mixed.append(out.transpose(1, 2).reshape(count * length, size))
+            start += count * length
+        projected: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
+        return projected
+
+
+class SwiGLU(nn.Module):
+    """``fc2(RMSNorm(silu(fc1 x) * fc3 x))``."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_size)
+        self.fc2 = nn.Linear(config.mlp_size, config.hidden_size)
+        self.fc3 = nn.Linear(config.hidden_size, config.mlp_size)
+        self.norm = nn.RMSNorm(config.mlp_size, eps=config.norm_eps)
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        """[P, D] to [P, D]."""
+        out: Tensor = self.fc2(self.norm(F.silu(self.fc1(x_PD)) * self.fc3(x_PD)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, each scaled per channel (LayerScale)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
+        self.norm2 = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config)
+        self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
+
+    def forward(self, x_PD: Tensor, packed: PackedGrids) -> Tensor:
+        """[P, D] to [P, D]."""
+        x_PD = x_PD + self.ls1 * self.attn(self.norm1(x_PD), packed)
+        out: Tensor = x_PD + self.ls2 * self.mlp(self.norm2(x_PD))
+        return out
+
+
+class Blocks(nn.Module):
+    """Holds the blocks under their published name, ``encoder.layers``."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+
+class LongCatViT(nn.Module):
+    """Patch embedding and blocks; no class token, no position table, no final norm (published demo code)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = PatchEmbeddings(config)
+        self.encoder = Blocks(config)
+
+    def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Features [P, D] of packed patches [P, C]; see :meth:`VisionEncoder.vit_features`."""
+        config = self.config
+        x_PD = self.embeddings(patches_PC)
+        if not grids:
+            return x_PD
+        head_size = config.hidden_size // config.num_heads
+        packed = pack_grids(grids, head_size, config.rope_base, patches_PC.device)
+        if packed.order_P is not None:
+            x_PD = x_PD[packed.order_P]
+        for block in self.encoder.layers:
+            x_PD = block(x_PD, packed)
+        if packed.order_P is not None:
+            x_PD = x_PD[torch.argsort(packed.order_P)]
+        return x_PD
+
+
+class VisionEncoder(nn.Module):
+    """ViT (``vit``) and projector (``projector``): packed patches in, rows of the language model's width out."""
+
+    def __init__(self, config: VisionConfig, *, seed: int = 0) -> None:
+        """Build with parameters that depend on ``config`` and ``seed`` alone; the global random state is untouched."""
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.vit = LongCatViT(config)
+            self.projector = VisionProjector(config)
+
+    def vit_features(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """ViT features before the projector, [patches, D]; arguments as in :meth:`forward`."""
+        self._check(patches_PC, grids)
+        features: Tensor = self.vit(patches_PC, grids)
+        return features
+
+    def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Encode packed items, each frame pair on its own; nothing is padded.
+
+        Args:
+            patches_PC: [patches, 3 * temporal patch * p * p], normalised pixels, channel-major (channel, time, row,
+                column) inside a patch; items concatenated, raster order inside a frame pair.
+            grids: (frame pairs, patch rows, patch columns) of every item; empty is a normal batch.
+        Returns:
+            [tokens, output_size], items in order; an item gives :func:`merged_tokens` rows.
+        Raises:
+            MediaError: patches and grids disagree, or a grid cannot be joined by the merge.
+        """
+        features_PD = self.vit_features(patches_PC, grids)
+        out: Tensor = self.projector(features_PD, grids)
+        return out
+
+    def tokens(self, grid: Grid) -> int:
+        """Rows that :meth:`forward` gives for one item."""
+        return merged_tokens(grid, self.config.merge)
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (values stored as ``dtype``)."""
+        save_module(self, self.config, Path(folder), model_type=MODEL_TYPE, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """Load a folder of :meth:`save_pretrained` as fp32.
+
+        Raises:
+            CheckpointError: not such a folder, cut short, or with other shapes than its config says.
+        """
+        config = read_config(Path(folder), VisionConfig, model_type=MODEL_TYPE)
+        with torch.device("meta"):
+            encoder = cls(config)
+        return load_weights(encoder, Path(folder), what="a vision encoder")
+
+    def _check(self, patches_PC: Tensor, grids: Sequence[Grid]) -> None:
+        want = (sum(math.prod(grid) for grid in grids), self.config.patch_values)
+        if tuple(patches_PC.shape) != want:
+            raise MediaError(
+                f"patches have shape {list(patches_PC.shape)}, yet {len(grids)} grids of patch size "
+                f"{self.config.patch_size} need {list(want)}; patchify with the encoder's own settings"
+            )
