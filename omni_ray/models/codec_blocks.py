@@ -1,0 +1,82 @@
+"""Pieces that the codec's encoder and decoder share: Snake, weight-normed convolutions, residual units."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+DILATIONS = (1, 3, 9)
+"""Of the three residual units of a stage; together they see 6 * (1 + 3 + 9) samples to one side when causal."""
+KERNEL = 7
+
+
+class Snake(nn.Module):
+    """Periodic activation ``x + sin^2(alpha x) / (alpha + 1e-9)`` with one alpha a channel.
+
+    Source: LongCat-Audio-Codec report (acoustic encoder after DAC).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        """Same shape and dtype as the input."""
+        wave_BCT = torch.sin(self.alpha * x_BCT)
+        return torch.addcmul(x_BCT, wave_BCT * wave_BCT, 1.0 / (self.alpha + 1e-9))
+
+
+def normed_conv(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0) -> nn.Module:
+    """Weight-normed Conv1d, orthogonal start."""
+    conv = nn.Conv1d(in_channels, out_channels, kernel, stride=stride, padding=padding)
+    return weight_norm(_orthogonal(conv))
+
+
+def normed_transposed_conv(
+    in_channels: int, out_channels: int, kernel: int, *, stride: int, padding: int = 0, output_padding: int = 0
+) -> nn.Module:
+    """Weight-normed ConvTranspose1d; with kernel = stride each output sample sees one input sample."""
+    conv = nn.ConvTranspose1d(
+        in_channels, out_channels, kernel, stride=stride, padding=padding, output_padding=output_padding
+    )
+    return weight_norm(conv)
+
+
+def _orthogonal(conv: nn.Conv1d) -> nn.Conv1d:
+    # A meta tensor has no values to orthogonalise; it only counts parameters.
+    if conv.weight.device.type != "meta":
+        nn.init.orthogonal_(conv.weight)
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+    return conv
+
+
+class ResidualUnit(nn.Module):
+    """``x + conv1(Snake(conv7(Snake(x))))``; causal units see the past only."""
+
+    def __init__(self, channels: int, dilation: int, *, causal: bool) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.causal = causal
+        self.snake_in = Snake(channels)
+        self.wide = normed_conv(channels, channels, KERNEL)
+        self.wide.dilation = (dilation,)  # type: ignore[assignment]
+        self.snake_mid = Snake(channels)
+        self.point = normed_conv(channels, channels, 1)
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        """[B, C, T] in, [B, C, T] out."""
+        reach = (KERNEL - 1) * self.dilation
+        sides = (reach, 0) if self.causal else (reach // 2, reach // 2)
+        inner_BCT = self.wide(F.pad(self.snake_in(x_BCT), sides))
+        return x_BCT + self.point(self.snake_mid(inner_BCT))
+
+
+def folded_weight(conv: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight (norm folded in) and bias of a convolution, detached, fp32, for inference."""
+    weight, bias = conv.weight, conv.bias
+    if not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+        raise TypeError(f"{type(conv).__name__} is no convolution with weight and bias")
+    return weight.detach().float(), bias.detach().float()

@@ -1,0 +1,200 @@
+"""The 24 kHz decoder one frame at a time: packed weights, state as an object, the same bits for any chunking.
+
+Every frame runs the same kernels on the same shapes, whether frames come one by one or all at once; so chunked decoding
+equals whole decoding bit for bit. (A convolution over a longer signal may pick another kernel or split and differ in
+the last bit, which is why the whole-clip module in audio_decoder.py is for training and accelerators.)
+
+Legend: D input width, C channels of a stage, T samples a frame of a stage, K = 7 taps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni_ray.models.audio_decoder import LOOKAHEAD_FRAMES, AudioDecoder, UpsampleStage
+from omni_ray.models.codec_blocks import KERNEL, ResidualUnit, Snake, folded_weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderState:
+    """Everything a running stream keeps; tensors are never changed in place, so a copy of the object is a snapshot."""
+
+    lstm: tuple[tuple[Tensor, Tensor], ...]
+    """(h [1, D], c [1, D]) of each LSTM layer."""
+    window_7D: Tensor
+    """GLSTM outputs under the symmetric convolution, newest last; zeros before the first frame."""
+    pasts: tuple[Tensor, ...]
+    """Samples that each causal convolution still sees: 6 x dilation of each unit, 6 of the last convolution."""
+
+    def bytes(self) -> int:
+        """Size in memory."""
+        tensors = [self.window_7D, *self.pasts, *(part for pair in self.lstm for part in pair)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _PackedSnake:
+    """Snake with its constants ready: ``x + sin^2(alpha x) / alpha``."""
+
+    def __init__(self, snake: Snake, rows_are_time: bool) -> None:
+        alpha_1C1 = snake.alpha.detach().float()
+        shape = (1, -1) if rows_are_time else (-1, 1)
+        self.alpha = alpha_1C1.reshape(shape).contiguous()
+        self.inverse = (1.0 / (alpha_1C1 + 1e-9)).reshape(shape).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wave = (self.alpha * x).sin_()
+        return torch.addcmul(x, wave.mul_(wave), self.inverse)
+
+
+class _PackedConv:
+    """Causal dilated convolution as one matrix product over gathered taps."""
+
+    def __init__(self, conv: nn.Module, dilation: int, rows_are_time: bool) -> None:
+        weight_OCK, bias_O = folded_weight(conv)
+        flat_OX = weight_OCK.permute(0, 2, 1).reshape(weight_OCK.shape[0], -1)
+        self.rows_are_time = rows_are_time
+        self.dilation = dilation
+        self.past = (KERNEL - 1) * dilation
+        self.weight = (flat_OX.t() if rows_are_time else flat_OX).contiguous()
+        self.bias = bias_O.contiguous() if rows_are_time else bias_O.unsqueeze(1).contiguous()
+
+    def __call__(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """This frame's outputs and the next past; x is [T, C] when rows are time, else [C, T]."""
+        step = self.dilation
+        if self.rows_are_time:
+            frame, channels = x.shape
+            long = torch.cat([past, x])
+            taps = long.as_strided((frame, KERNEL, channels), (channels, step * channels, 1)).reshape(frame, -1)
+            return torch.addmm(self.bias, taps, self.weight), long[frame:]
+        channels, frame = x.shape
+        long = torch.cat([past, x], dim=1)
+        taps = long.as_strided((KERNEL, channels, frame), (step, long.shape[1], 1)).reshape(-1, frame)
+        return torch.addmm(self.bias, self.weight, taps), long[:, frame:].contiguous()
+
+
+class _PackedUnit:
+    """Causal residual unit."""
+
+    def __init__(self, unit: ResidualUnit, rows_are_time: bool) -> None:
+        self.snake_in = _PackedSnake(unit.snake_in, rows_are_time)
+        self.wide = _PackedConv(unit.wide, unit.dilation, rows_are_time)
+        self.snake_mid = _PackedSnake(unit.snake_mid, rows_are_time)
+        weight_OC1, bias_O = folded_weight(unit.point)
+        weight_OC = weight_OC1.squeeze(-1)
+        self.rows_are_time = rows_are_time
+        self.weight = (weight_OC.t() if rows_are_time else weight_OC).contiguous()
+        self.bias = bias_O.contiguous() if rows_are_time else bias_O.unsqueeze(1).contiguous()
+
+    def __call__(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        inner, past = self.wide(self.snake_in(x), past)
+        inner = self.snake_mid(inner)
+        product = torch.mm(inner, self.weight) if self.rows_are_time else torch.mm(self.weight, inner)
+        return product.add_(self.bias).add_(x), past
+
+
+class _PackedStage:
+    """Snake, transposed convolution (kernel = stride, hence one product), three units."""
+
+    def __init__(self, stage: UpsampleStage, frame: int, input_rows_are_time: bool) -> None:
+        """``frame``: output samples a frame of this stage."""
+        weight_COR, bias_O = folded_weight(stage.up)
+        self.channels = weight_COR.shape[1]
+        # Few long rows make the best products: time along the rows while channels outnumber samples, else channels.
+        self.rows_are_time = self.channels >= frame
+        self.input_rows_are_time = input_rows_are_time
+        self.snake = _PackedSnake(stage.snake, input_rows_are_time)
+        self.weight = weight_COR.permute(0, 2, 1).reshape(weight_COR.shape[0], -1).contiguous()
+        self.bias = bias_O.repeat(stage.rate).contiguous()
+        self.units = [_PackedUnit(unit, self.rows_are_time) for unit in stage.units if isinstance(unit, ResidualUnit)]
+
+    def __call__(self, x: Tensor, pasts: list[Tensor], new_pasts: list[Tensor]) -> Tensor:
+        x = self.snake(x)
+        rows = x if self.input_rows_are_time else x.t()
+        x = torch.addmm(self.bias, rows, self.weight).view(-1, self.channels)
+        if not self.rows_are_time:
+            x = x.t().contiguous()
+        for unit in self.units:
+            x, past = unit(x, pasts[len(new_pasts)])
+            new_pasts.append(past)
+        return x
+
+
+class FrameDecoder:
+    """The decoder of a codec with weight norms folded, ready to run frame by frame on CPU in fp32."""
+
+    def __init__(self, decoder: AudioDecoder) -> None:
+        self.width = decoder.conv_in.in_channels
+        self.lstms = [
+            (
+                torch.cat([lstm.weight_ih_l0, lstm.weight_hh_l0], dim=1).detach().float().t().contiguous(),
+                (lstm.bias_ih_l0 + lstm.bias_hh_l0).detach().float(),
+            )
+            for lstm in decoder.glstm.lstms
+        ]
+        self.norms = [(norm.weight.detach().float(), norm.bias.detach().float()) for norm in decoder.glstm.norms]
+        weight_OCK, bias_O = folded_weight(decoder.conv_in)
+        self.in_weight = weight_OCK.permute(2, 1, 0).reshape(-1, weight_OCK.shape[0]).contiguous()
+        self.in_bias = bias_O
+        self.stages: list[_PackedStage] = []
+        frame, rows_are_time = 1, True
+        for stage in decoder.stages:
+            frame *= stage.rate
+            self.stages.append(_PackedStage(stage, frame, rows_are_time))
+            rows_are_time = self.stages[-1].rows_are_time
+        self.samples = frame
+        self.snake_out = _PackedSnake(decoder.snake_out, rows_are_time)
+        self.conv_out = _PackedConv(decoder.conv_out, 1, rows_are_time)
+
+    def initial_state(self) -> DecoderState:
+        """The state of a stream that has not begun."""
+        pasts = [self._empty_past(unit.wide, stage.channels) for stage in self.stages for unit in stage.units]
+        pasts.append(self._empty_past(self.conv_out, self.stages[-1].channels))
+        zeros = torch.zeros(1, self.width)
+        return DecoderState(
+            lstm=tuple((zeros, zeros) for _ in self.lstms),
+            window_7D=torch.zeros(KERNEL, self.width),
+            pasts=tuple(pasts),
+        )
+
+    @staticmethod
+    def _empty_past(conv: _PackedConv, channels: int) -> Tensor:
+        return torch.zeros((conv.past, channels) if conv.rows_are_time else (channels, conv.past))
+
+    def advance(self, x_1D: Tensor | None, state: DecoderState) -> DecoderState:
+        """Take one more input row into the GLSTM and the window; None stands for the silence after the last frame."""
+        if x_1D is None:
+            y_1D, lstm = torch.zeros(1, self.width), state.lstm
+        else:
+            y_1D, lstm = self._glstm(x_1D, state.lstm)
+        window_7D = torch.cat([state.window_7D[1:], y_1D])
+        return DecoderState(lstm=lstm, window_7D=window_7D, pasts=state.pasts)
+
+    def _glstm(
+        self, x_1D: Tensor, lstm: tuple[tuple[Tensor, Tensor], ...]
+    ) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], ...]]:
+        new = []
+        for (weight, bias), (scale, shift), (hidden, cell) in zip(self.lstms, self.norms, lstm, strict=True):
+            gates = torch.addmm(bias, torch.cat([x_1D, hidden], dim=1), weight)
+            take, forget, candidate, give = gates.chunk(4, dim=1)
+            cell = forget.sigmoid() * cell + take.sigmoid() * candidate.tanh()
+            hidden = give.sigmoid() * cell.tanh()
+            new.append((hidden, cell))
+            x_1D = F.layer_norm(hidden, (self.width,), scale, shift)
+        return x_1D, tuple(new)
+
+    def render(self, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Sound of the frame in the middle of the window: [1440], and the next state."""
+        x = torch.addmm(self.in_bias, state.window_7D.reshape(1, -1), self.in_weight)
+        pasts, new_pasts = list(state.pasts), []
+        for stage in self.stages:
+            x = stage(x, pasts, new_pasts)
+        x, past = self.conv_out(self.snake_out(x), pasts[-1])
+        state = DecoderState(lstm=state.lstm, window_7D=state.window_7D, pasts=(*new_pasts, past))
+        return x.reshape(-1).tanh_(), state
+
+
+__all__ = ["LOOKAHEAD_FRAMES", "DecoderState", "FrameDecoder"]
