@@ -1,0 +1,194 @@
+"""The language backbone: summed text and codec embeddings in, one hidden state per row out, five heads."""
+
+# T packed rows, R rows, H model dim, V text vocabulary, E experts, L layers
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni_ray.config.model import LanguageConfig
+from omni_ray.models import weights
+from omni_ray.models.attention import packed_layout
+from omni_ray.models.block import ShortcutLayer
+from omni_ray.models.initialise import initialise_language
+from omni_ray.models.layers import RMSNorm
+from omni_ray.models.moe import balance_loss, expert_counts
+from omni_ray.models.rope import rope_tables
+from omni_ray.types.batch import AUDIO_PAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageOutput:
+    """What one forward over packed rows gives."""
+
+    hidden_TD: Tensor
+    """[T, H] after the final norm; feed rows of it to text_logits and audio_logits."""
+    expert_counts_LE: Tensor
+    """[layers, N + Z] int64: assignments of this call, for the bias controller."""
+    balance_loss: Tensor
+    """Scalar: load-balance loss without its weight, summed over layers and tokens (divide by the step's rows)."""
+    z_loss: Tensor
+    """Scalar: squared log-sum-exp of |hidden| before the final norm, summed over tokens, without its weight."""
+
+
+class Backbone(nn.Module):
+    """Everything under ``model.`` in the published names."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([ShortcutLayer(config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """LongCat-Flash with four codec tables in and four codec heads out (models.md sections 3.1 and 4).
+
+    Joint matrices (gate+up, q_a+kv_a, experts) are held fused and split on disk; see ``models/weights.py``.
+    """
+
+    def __init__(self, config: LanguageConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.balance_groups = config.n_routed_experts
+        self.model = Backbone(config)
+        self.lm_head = None if config.tie_word_embeddings else _linear(config.hidden_size, config.vocab_size)
+        tables = range(config.num_codebooks)
+        self.audio_embeddings = nn.ModuleList(
+            [nn.Embedding(config.codec_vocab_size, config.hidden_size) for _ in tables]
+        )
+        self.audio_heads = nn.ModuleList([_linear(config.hidden_size, config.codec_vocab_size) for _ in tables])
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from ``seed``; equal seeds give equal bits, whatever was drawn before."""
+        initialise_language(self, self.config, seed)
+
+    def embed_rows(self, ids_R5: Tensor) -> Tensor:
+        """Input embedding of rows of one text id and four stored codec ids.
+
+        Args:
+            ids_R5: [R, 5] int64; text-pad and codec PAD add nothing, a row of only pads is the text-pad embedding.
+        Returns:
+            [R, H].
+        Source: models.md section 3.1, input embedding.
+        """
+        text_R, codes_R4 = ids_R5[:, 0], ids_R5[:, 1 : 1 + self.config.num_codebooks]
+        rows_RH: Tensor = self.model.embed_tokens(text_R)
+        heard_R4 = codes_R4 != AUDIO_PAD
+        with_codes = heard_R4.any(dim=1).nonzero().flatten()
+        if with_codes.numel() == 0:
+            return rows_RH
+        silent_R = (text_R != self.config.pad_token_id) | ~heard_R4.any(dim=1)
+        rows_RH = rows_RH * silent_R.unsqueeze(1).to(rows_RH.dtype)
+        for codebook, table in enumerate(self.audio_embeddings):
+            index = heard_R4[:, codebook].nonzero().flatten()
+            rows_RH = rows_RH.index_add(0, index, table(codes_R4[index, codebook]))
+        return rows_RH
+
+    def forward(
+        self,
+        embeddings_TD: Tensor,
+        cu_seqlens: Sequence[int],
+        positions_T: Tensor,
+        *,
+        rope_base: float | None = None,
+        auxiliary: bool = True,
+    ) -> LanguageOutput:
+        """Run the layers over packed sequences.
+
+        Args:
+            embeddings_TD: [T, H], from :meth:`embed_rows`, media rows already overwritten by features.
+            cu_seqlens: 0 and the running sums of the sequence lengths, ending in T.
+            positions_T: [T] integers, restarting in every sequence.
+            rope_base: theta of this stage; None takes the config's.
+            auxiliary: Compute balance_loss and z_loss; False leaves them zero.
+        Raises:
+            ValueError: cu_seqlens does not cover the rows.
+        """
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != embeddings_TD.shape[0]:
+            raise ValueError(
+                f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}, yet there are {embeddings_TD.shape[0]} "
+                "rows; it must be 0 and the running sums of the sequence lengths"
+            )
+        layout = packed_layout(cu_seqlens, embeddings_TD.device)
+        base = rope_base if rope_base is not None else self.config.rope_theta
+        rope_TP = rope_tables(positions_T, self.config.qk_rope_head_dim, base)
+        experts = self.config.n_routed_experts + self.config.zero_expert_num
+        x_TH, counts, balance = embeddings_TD, [], embeddings_TD.new_zeros((), dtype=torch.float32)
+        for layer in self.model.layers:
+            x_TH, routing = layer(x_TH, layout, rope_TP)
+            counts.append(expert_counts(routing.expert_TK, experts))
+            if auxiliary:
+                balance = balance + balance_loss(routing, cu_seqlens, self.config, self.balance_groups)
+        z_loss = x_TH.float().abs().logsumexp(dim=-1).square().sum() if auxiliary else balance
+        return LanguageOutput(
+            hidden_TD=self.model.norm(x_TH), expert_counts_LE=torch.stack(counts), balance_loss=balance, z_loss=z_loss
+        )
+
+    def text_logits(self, hidden_RH: Tensor) -> Tensor:
+        """[R, H] -> [R, V]."""
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden_RH, head)
+
+    def audio_logits(self, hidden_RH: Tensor, codebook: int) -> Tensor:
+        """[R, H] -> [R, codec vocabulary] of codebook 0 (semantic) or 1..3 (acoustic, one step later)."""
+        return F.linear(hidden_RH, self.audio_heads[codebook].weight)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Text logits of plain text sequences.
+
+        Args:
+            input_ids: [B, T] int64.
+        Returns:
+            [B, T, V].
+        """
+        batch, length = input_ids.shape
+        cu_seqlens = [i * length for i in range(batch + 1)]
+        positions = torch.arange(length, device=input_ids.device).repeat(batch)
+        rows = self.model.embed_tokens(input_ids.flatten())
+        out = self(rows, cu_seqlens, positions, auxiliary=False)
+        return self.text_logits(out.hidden_TD).unflatten(0, (batch, length))
+
+    @torch.no_grad()
+    def update_expert_bias(self, expert_counts_LE: Tensor, rate: float) -> None:
+        """Move the routers' selection bias towards ``target_ffn_experts`` FFN experts per token, evenly loaded.
+
+        Args:
+            expert_counts_LE: [layers, N + Z] assignments of the whole step, all ranks summed.
+            rate: mu, usually 1e-3.
+        Source: models.md section 4, bias controller: db_i = mu (K_e/(K N) - T_i/(K T_all)), FFN experts only.
+        """
+        config = self.config
+        ffn, k = config.n_routed_experts, config.moe_topk
+        for layer, counts_E in zip(self.model.layers, expert_counts_LE, strict=True):
+            assignments = counts_E.sum().clamp_min(1).float()
+            step_N = config.target_ffn_experts / (k * ffn) - counts_E[:ffn].float() / assignments
+            layer.mlp.router.e_score_correction_bias[:ffn] += rate * step_N
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read ``config.json`` and the safetensors of a folder in the released layout.
+
+        Raises:
+            CheckpointError: missing files; a tensor missing, foreign or of another shape (named, with both shapes).
+        """
+        model = cls(weights.read_config(Path(folder)))
+        weights.load_language(model, model.config, Path(folder))
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = weights.SHARD_BYTES) -> None:
+        """Write ``config.json`` and safetensors in the released layout, with an index when sharded."""
+        weights.save_language(self, self.config, Path(folder), max_shard_bytes)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)

@@ -1,0 +1,304 @@
+"""Published tensor names and files: LongCat-Flash's safetensors layout, both ways, and the checks on reading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from omni_ray.config.model import LanguageConfig
+from omni_ray.types.errors import CheckpointError
+
+SHARD_BYTES = 4 * 2**30
+"""Largest file of a sharded checkpoint."""
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_MTP_PREFIX = "model.mtp."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One published tensor and the place it lives in."""
+
+    name: str
+    """On disk."""
+    held: str
+    """Parameter or buffer that holds it, perhaps together with others."""
+    view: Callable[[Tensor], Tensor]
+    """The published tensor as a view of the held one (works on gradients too)."""
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _rows(start: int, end: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor[start:end]
+
+
+def _expert(index: int, start: int, end: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor[index, start:end]
+
+
+def language_parts(config: LanguageConfig) -> Iterator[Part]:
+    """Every published tensor of a language model, in file order (models.md section 4, checkpoint keys)."""
+
+    def whole(name: str) -> Part:
+        return Part(name=name, held=name, view=_whole)
+
+    yield whole("model.embed_tokens.weight")
+    for layer in range(config.num_layers):
+        yield from _layer_parts(config, f"model.layers.{layer}.")
+    yield whole("model.norm.weight")
+    if not config.tie_word_embeddings:
+        yield whole("lm_head.weight")
+    for kind in ("audio_embeddings", "audio_heads"):
+        for codebook in range(config.num_codebooks):
+            yield whole(f"{kind}.{codebook}.weight")
+
+
+def _layer_parts(config: LanguageConfig, prefix: str) -> Iterator[Part]:
+    q_rank, inner, expert = config.q_lora_rank, config.ffn_hidden_size, config.expert_ffn_hidden_size
+    for slot in range(2):
+        attention = f"{prefix}self_attn.{slot}."
+        held = f"{attention}qkv_a_proj.weight"
+        end = q_rank + config.kv_lora_rank + config.qk_rope_head_dim
+        yield Part(name=f"{attention}q_a_proj.weight", held=held, view=_rows(0, q_rank))
+        yield Part(name=f"{attention}kv_a_proj_with_mqa.weight", held=held, view=_rows(q_rank, end))
+        for kind in ("q_a_layernorm", "q_b_proj", "kv_a_layernorm", "kv_b_proj", "o_proj"):
+            yield Part(name=f"{attention}{kind}.weight", held=f"{attention}{kind}.weight", view=_whole)
+        mlp = f"{prefix}mlps.{slot}."
+        yield Part(name=f"{mlp}gate_proj.weight", held=f"{mlp}gate_up_proj.weight", view=_rows(0, inner))
+        yield Part(name=f"{mlp}up_proj.weight", held=f"{mlp}gate_up_proj.weight", view=_rows(inner, 2 * inner))
+        yield Part(name=f"{mlp}down_proj.weight", held=f"{mlp}down_proj.weight", view=_whole)
+        for kind in ("input_layernorm", "post_attention_layernorm"):
+            name = f"{prefix}{kind}.{slot}.weight"
+            yield Part(name=name, held=name, view=_whole)
+    for kind in ("classifier.weight", "e_score_correction_bias"):
+        name = f"{prefix}mlp.router.{kind}"
+        yield Part(name=name, held=name, view=_whole)
+    experts = f"{prefix}mlp.experts."
+    for index in range(config.n_routed_experts):
+        fused = f"{experts}gate_up_proj"
+        yield Part(name=f"{experts}{index}.gate_proj.weight", held=fused, view=_expert(index, 0, expert))
+        yield Part(name=f"{experts}{index}.up_proj.weight", held=fused, view=_expert(index, expert, 2 * expert))
+        down = f"{experts}down_proj"
+        yield Part(name=f"{experts}{index}.down_proj.weight", held=down, view=_expert(index, 0, config.hidden_size))
+
+
+def published_tensors(model: nn.Module, config: LanguageConfig) -> dict[str, Tensor]:
+    """Weights under their published names, as views without gradients."""
+    held = held_tensors(model)
+    return {part.name: part.view(held[part.held]) for part in language_parts(config)}
+
+
+def published_gradients(model: nn.Module, config: LanguageConfig) -> dict[str, Tensor]:
+    """Gradients of parameters that have one, under the published names."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {p.name: p.view(gradients[p.held]) for p in language_parts(config) if p.held in gradients}
+
+
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, detached."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = SHARD_BYTES) -> None:
+    """One ``model.safetensors``, or ``model-0000i-of-0000n.safetensors`` with an index when it would be larger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        filled += size
+    for stale in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE_NAME, folder / INDEX_NAME):
+        stale.unlink(missing_ok=True)
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE_NAME, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
+
+
+class SafetensorsFolder:
+    """Lazy, memory-mapped view of a folder's tensors by name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError: no safetensors here, or a file is truncated or missing."""
+        self.folder = folder
+        if (folder / INDEX_NAME).is_file():
+            index = json.loads((folder / INDEX_NAME).read_text())
+            self._file_of: dict[str, str] = dict(index["weight_map"])
+            self._open = {file: _open(folder / file) for file in sorted(set(self._file_of.values()))}
+            for name, file in self._file_of.items():
+                if name not in self._open[file].keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    raise CheckpointError(f"{folder / file} lacks {name}, which {INDEX_NAME} promises; fetch it again")
+        elif (folder / SINGLE_NAME).is_file():
+            self._open = {SINGLE_NAME: _open(folder / SINGLE_NAME)}
+            self._file_of = dict.fromkeys(self._open[SINGLE_NAME].keys(), SINGLE_NAME)
+        else:
+            raise CheckpointError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; give a model folder")
+
+    def names(self) -> set[str]:
+        """All tensor names."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the values."""
+        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
+        return tensor
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing though {INDEX_NAME} names it; fetch it again") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from error
+
+
+@torch.no_grad()
+def copy_checked(source: SafetensorsFolder, targets: Mapping[str, Tensor], ignored_prefix: str = "\0") -> None:
+    """Copy every target from the files, one tensor at a time.
+
+    Raises:
+        CheckpointError: a tensor is missing, foreign, or of another shape.
+    """
+    names = source.names()
+    missing = sorted(set(targets) - names)
+    if missing:
+        raise CheckpointError(
+            f"{source.folder} lacks {_first(missing)} of shape {list(targets[missing[0]].shape)}; "
+            "is config.json of another model?"
+        )
+    foreign = sorted(n for n in names - set(targets) if not n.startswith(ignored_prefix))
+    if foreign:
+        raise CheckpointError(
+            f"{source.folder} holds {_first(foreign)} of shape {list(source.shape(foreign[0]))}, which this model "
+            "does not have; is config.json of another model?"
+        )
+    for name, target in targets.items():
+        found = source.shape(name)
+        if found != tuple(target.shape):
+            raise CheckpointError(
+                f"tensor {name} in {source.folder}: expected shape {list(target.shape)}, found {list(found)}; "
+                "is config.json of another model?"
+            )
+    for name, target in targets.items():
+        target.copy_(source[name])
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more tensors," if len(names) > 1 else ""
+    return f"tensor {names[0]}{more}"
+
+
+# --- the language model's folder -------------------------------------------------------------------------------------
+
+
+def save_language(model: nn.Module, config: LanguageConfig, folder: Path, max_shard_bytes: int) -> None:
+    """``config.json`` with the published keys, and the weights."""
+    tensors = published_tensors(model, config)
+    write_safetensors(folder, tensors, max_shard_bytes)
+    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(published_config(config, dtype), indent=2) + os.linesep)
+
+
+def load_language(model: nn.Module, config: LanguageConfig, folder: Path) -> None:
+    """Fill a model of the folder's config from its files."""
+    copy_checked(SafetensorsFolder(folder), published_tensors(model, config), ignored_prefix=_MTP_PREFIX)
+
+
+def published_config(config: LanguageConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The ``config.json`` of a folder: published keys, and ours for what LongCat-Flash alone does not have."""
+    return {
+        "architectures": ["LongcatFlashForCausalLM"],
+        "model_type": "longcat_flash",
+        "dtype": dtype,
+        "attention_method": "MLA",
+        "attention_bias": False,
+        "router_bias": False,
+        "hidden_act": "silu",
+        "zero_expert_type": "identity",
+        # Derived keys that readers want: transformers builds its rotary table from head_dim.
+        "head_dim": config.qk_rope_head_dim,
+        "num_hidden_layers": 2 * config.num_layers,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **config.model_dump(),
+    }
+
+
+def read_config(folder: Path) -> LanguageConfig:
+    """The sizes in a folder's ``config.json``; keys that say nothing about the network are passed over.
+
+    Raises:
+        CheckpointError: no config.json, not JSON, of another model type, or a needed size is absent.
+    """
+    path = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; give a folder written by save_pretrained") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
+    if raw.get("model_type", "longcat_flash") != "longcat_flash":
+        raise CheckpointError(f"{path} has model_type {raw['model_type']!r}; longcat_flash is the one that is read")
+    if "rope_theta" not in raw and isinstance(raw.get("rope_parameters"), dict):
+        raw["rope_theta"] = raw["rope_parameters"].get("rope_theta")
+    if "num_layers" not in raw and "num_hidden_layers" in raw:
+        raw["num_layers"] = raw["num_hidden_layers"] // 2
+    raw = {key: value for key, value in raw.items() if key in LanguageConfig.model_fields and value is not None}
+    absent = sorted(_NEEDED - raw.keys())
+    if absent:
+        raise CheckpointError(f"{path} lacks {', '.join(absent)}; add the published values")
+    raw.setdefault("num_codebooks", 0)
+    experts = raw["n_routed_experts"] + raw["zero_expert_num"]
+    # The published file names no K_e; the share of FFN experts gives the inferred 8 of 12 at full size.
+    raw.setdefault("target_ffn_experts", raw["moe_topk"] * raw["n_routed_experts"] / experts)
+    raw["mtp_layers"] = raw.get("mtp_layers", 0)
+    return LanguageConfig(**raw)
+
+
+_NEEDED = {
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "zero_expert_num",
+    "moe_topk",
+    "expert_ffn_hidden_size",
+    "routed_scaling_factor",
+}
