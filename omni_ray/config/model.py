@@ -152,6 +152,41 @@ class AudioConfig(Checked):
         """Frames joined into one input vector."""
         return self.splice_left + 1 + self.splice_right
 
+    def num_frames(self, samples: int) -> int:
+        """fbank frames of a recording, 25 ms every 10 ms without padding: floor((S - 400) / 160) + 1 at 16 kHz."""
+        window, shift = round(0.025 * self.sample_rate_hz), round(0.010 * self.sample_rate_hz)
+        return max(0, (samples - window) // shift + 1)
+
+    def num_rows(self, samples: int) -> int:
+        """Language rows of a recording: ceil(frames / stride); 0 where the encoder refuses it as too short."""
+        return -(-self.num_frames(samples) // self.stride)
+
+    @property
+    def lookahead_ms(self) -> int:
+        """How long after the nominal end of a row (80 ms each) its last needed sample comes.
+
+        Row t needs layer input t + A (A = right_order of every look-ahead layer), hence fbank frame
+        stride * (t + A) + splice_right, whose window ends 25 ms after its start; row t ends at 10 * stride * (t + 1).
+        """
+        layers_ms = 10 * self.stride * self.num_lookahead_layers * self.right_order
+        return layers_ms + 10 * self.splice_right + 25 - 10 * self.stride
+
+    @model_validator(mode="after")
+    def can_be(self) -> Self:
+        """Refuse a splice that skips frames, and more look-ahead layers than layers."""
+        if self.splice_frames < self.stride:
+            raise ConfigError(
+                f"splice_left {self.splice_left} + 1 + splice_right {self.splice_right} = {self.splice_frames} frames "
+                f"leave gaps at stride {self.stride}; widen the splice or lower the stride"
+            )
+        if self.num_lookahead_layers > self.num_layers:
+            raise ConfigError(
+                f"num_lookahead_layers is {self.num_lookahead_layers}, yet there are {self.num_layers} layers; lower it"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"audio dropout is {self.dropout:g}; choose 0 up to, not including, 1")
+        return self
+
 
 class CodecConfig(Checked):
     """Four-codebook audio codec (models.md section 3)."""

@@ -1,0 +1,89 @@
+"""Deep-FSMN layers: a learnt sliding memory in place of self-attention, with exact streaming (models.md section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni_ray.config.model import AudioConfig
+from omni_ray.models.layers import row_padded
+from omni_ray.models.streaming import GappedRows
+
+# R packed rows, B streams, N rows in time, P projection size, G rows with gaps, K memory taps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerState:
+    """What one FSMN layer keeps of a running stream."""
+
+    history_BNP: Tensor
+    """LN1 outputs: ``left_order`` rows before the first pending row, then those of the pending rows."""
+    pending_BNP: Tensor
+    """Layer inputs whose right context has not come yet; at most ``right_order`` rows."""
+
+
+class FsmnLayer(nn.Module):
+    """Pre-norm FSMN layer.
+
+    m_t = x_t + Drop(sum over i = -N1..N2 of w_i * LN1(x)_{t+i});  y_t = m_t + W2 relu6(W1 LN2(m_t) + b1) + b2.
+    Beyond the ends of an utterance LN1(x) counts as zero.
+    Source: LongCat-Flash-Omni report and published demo code (deep-FSMN, memory stride 1).
+    """
+
+    def __init__(self, config: AudioConfig, right_order: int) -> None:
+        super().__init__()
+        size, inner = config.projection_size, config.hidden_size
+        self.left_order = config.left_order
+        self.right_order = right_order
+        self.norm1 = nn.LayerNorm(size)
+        # Held as a depthwise convolution for its name and shape [P, 1, K]; applied tap by tap in a fixed order.
+        self.memory = nn.Conv1d(size, size, config.left_order + right_order + 1, groups=size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm2 = nn.LayerNorm(size)
+        self.linear1 = nn.Linear(size, inner)
+        self.linear2 = nn.Linear(inner, size)
+
+    def forward(self, x_RP: Tensor, rows: GappedRows) -> Tensor:
+        """Whole utterances, packed: [R, P] -> [R, P]; ``rows`` has gaps of at least N1 before and N2 after."""
+        remembered_RP = rows.collect(self._remember(rows.spread(self.norm1(x_RP))))
+        return self._feed_forward(x_RP + self.dropout(remembered_RP))
+
+    def stream(self, x_BNP: Tensor, state: LayerState, final: bool) -> tuple[Tensor, LayerState]:
+        """The next rows of running streams, any number; ``final`` puts zeros where right context will never come."""
+        seen_BNP = torch.cat([state.history_BNP, self.norm1(x_BNP)], dim=1)
+        inputs_BNP = torch.cat([state.pending_BNP, x_BNP], dim=1)
+        if final:
+            seen_BNP = F.pad(seen_BNP, (0, 0, 0, self.right_order))
+        ready = max(0, seen_BNP.shape[1] - self.left_order - self.right_order)
+        state = LayerState(history_BNP=seen_BNP[:, ready:].clone(), pending_BNP=inputs_BNP[:, ready:].clone())
+        if not ready:
+            return x_BNP[:, :0], state
+        mixed_BNP = inputs_BNP[:, :ready] + self.dropout(self._remember(seen_BNP))
+        return self._feed_forward(mixed_BNP.flatten(0, 1)).unflatten(0, mixed_BNP.shape[:2]), state
+
+    def initial_state(self, batch_size: int) -> LayerState:
+        """Zeros in LN space before the first row."""
+        like = self.norm1.weight
+        return LayerState(
+            history_BNP=like.new_zeros(batch_size, self.left_order, like.shape[0]),
+            pending_BNP=like.new_zeros(batch_size, 0, like.shape[0]),
+        )
+
+    def _remember(self, normed: Tensor) -> Tensor:
+        """[..., G, P] -> [..., G - K + 1, P]; sum over taps, oldest first."""
+        taps_KP = self.memory.weight[:, 0].t()
+        length = normed.shape[-2] - taps_KP.shape[0] + 1
+        total = normed.narrow(-2, 0, length) * taps_KP[0]
+        for k in range(1, taps_KP.shape[0]):
+            total = total + normed.narrow(-2, k, length) * taps_KP[k]
+        return total
+
+    def _feed_forward(self, m_RP: Tensor) -> Tensor:
+        def residual(m_RP: Tensor) -> Tensor:
+            out_RP: Tensor = self.linear2(F.relu6(self.linear1(self.norm2(m_RP))))
+            return out_RP
+
+        return m_RP + row_padded(residual, m_RP)

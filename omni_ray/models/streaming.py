@@ -1,0 +1,67 @@
+"""Helpers of streaming networks: utterances packed with room between them, and a signal fed in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+StateT = TypeVar("StateT")
+
+# R packed rows of all utterances, G rows of the layout with gaps
+
+
+class GappedRows:
+    """Where packed rows of several utterances lie once each has zero rows before and after it.
+
+    A sliding filter over the gapped layout sees zeros beyond the ends of an utterance and never its neighbour, so the
+    utterances of a batch may have any lengths and no row is wasted on padding to the longest.
+    """
+
+    def __init__(self, lengths: Sequence[int], left: int, right: int, device: torch.device) -> None:
+        """Lay out utterances of ``lengths`` rows with ``left`` zeros before and ``right`` zeros after each."""
+        ends = list(accumulate(length + left + right for length in lengths))
+        self.total = ends[-1] if ends else left + right
+        self.left = left
+        starts = [end - right - length for end, length in zip(ends, lengths, strict=True)]
+        pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        self.slot_R = (torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.long)).to(device)
+
+    def spread(self, x_RD: Tensor) -> Tensor:
+        """Packed rows [R, D] -> [G, D], zeros in the gaps."""
+        return x_RD.new_zeros(self.total, x_RD.shape[-1]).index_copy(0, self.slot_R, x_RD)
+
+    def collect(self, filtered_GD: Tensor) -> Tensor:
+        """Rows of a filter's output whose window begins ``left`` rows before the row itself: back to [R, D]."""
+        return filtered_GD.index_select(0, self.slot_R - self.left)
+
+
+def in_pieces(
+    step: Callable[[Tensor, StateT], tuple[Tensor, StateT]],
+    signal: Tensor,
+    state: StateT,
+    sizes: Sequence[int],
+    dim: int = -1,
+) -> tuple[list[Tensor], StateT]:
+    """Feed a signal to a streaming step in pieces of the given sizes (the last size repeats until the end).
+
+    Args:
+        step: ``(piece, state) -> (output, state)``.
+        signal: The whole signal.
+        state: State to begin with.
+        sizes: Piece sizes along ``dim``, each at least 1.
+        dim: Time axis of the signal.
+
+    Returns:
+        The outputs in order, and the last state (not flushed).
+    """
+    outputs, start, turn = [], 0, 0
+    while start < signal.shape[dim]:
+        size = min(sizes[min(turn, len(sizes) - 1)], signal.shape[dim] - start)
+        output, state = step(signal.narrow(dim, start, size), state)
+        outputs.append(output)
+        start, turn = start + size, turn + 1
+    return outputs, state
