@@ -1,0 +1,31 @@
+"""Fixtures for all tests: one Ray cluster a session, one torch thread."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+# Equality tests compare bits, and a sum's bits depend on the number of threads that made it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    """Hold torch to one thread where a test has imported it; tests that need no torch do not pay for it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster with 8 logical CPUs for all tests of the session; ended with the session.
+
+    Code under test that opens its own ``RaySession`` joins this one. Mark users ``@pytest.mark.ray``.
+    """
+    from actors.cluster import RaySession
+
+    with RaySession(num_cpus=8):
+        yield
