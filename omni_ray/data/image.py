@@ -1,0 +1,161 @@
+"""Picture bytes to normalised patch rows at native resolution (models.md section 1)."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from omni_ray.config.model import VisionConfig
+from omni_ray.types.errors import MediaError
+
+MAX_PIXELS = 64_000_000
+"""Pictures above this many pixels are refused before they are decoded."""
+MEAN = np.array((0.485, 0.456, 0.406), dtype=np.float32)
+STD = np.array((0.229, 0.224, 0.225), dtype=np.float32)
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_TURNED = (5, 6, 7, 8)
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patches:
+    """One picture or clip as the vision encoder takes it."""
+
+    values_PC: NDArray[np.float32]
+    """[pairs * rows * columns, 3 * 2 * p * p]; channel-major (channel, time, row, column), raster order in a pair."""
+    grid: tuple[int, int, int]
+    """(frame pairs, patch rows, patch columns)."""
+
+
+def image_patches(raw: bytes, name: str, config: VisionConfig) -> Patches:
+    """Decode, size, normalise and cut a picture; the picture stands twice along time.
+
+    Raises:
+        MediaError: the bytes are no picture or it is too large; names the item.
+    """
+    pixels_HW3 = resize(decode_image(raw, name), fit_size(*image_size(raw, name), config))
+    frames = np.broadcast_to(pixels_HW3, (config.temporal_patch_size, *pixels_HW3.shape))
+    return patchify(frames, config)
+
+
+def image_grid(raw: bytes, name: str, config: VisionConfig) -> tuple[int, int, int]:
+    """The grid that :func:`image_patches` will give; reads the header only."""
+    height, width = fit_size(*image_size(raw, name), config)
+    return 1, height // config.patch_size, width // config.patch_size
+
+
+def image_tokens(grid: tuple[int, int, int], config: VisionConfig) -> int:
+    """Rows in the language sequence after patches are merged."""
+    return grid[0] * (grid[1] // config.merge[0]) * (grid[2] // config.merge[1])
+
+
+def image_size(raw: bytes, name: str) -> tuple[int, int]:
+    """(height, width) as the picture is looked at, from its header.
+
+    Raises:
+        MediaError: no picture, or more than MAX_PIXELS.
+    """
+    with _open(raw, name) as image:
+        width, height = image.size
+        turned = image.format in ("JPEG", "PNG", "WEBP") and image.getexif().get(_ORIENTATION) in _TURNED
+        return (width, height) if turned else (height, width)
+
+
+def decode_image(raw: bytes, name: str) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8, turned upright, transparency over white.
+
+    Raises:
+        MediaError: the bytes cannot be decoded.
+    """
+    with _open(raw, name) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16") or upright.mode == "I":
+                deep = np.asarray(upright, dtype=np.float64) / 257.0
+                upright = Image.fromarray(np.clip(deep, 0, 255).astype(np.uint8))
+            if "A" in upright.getbands() or "transparency" in upright.info:
+                white = Image.new("RGBA", upright.size, (255, 255, 255, 255))
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            return np.asarray(upright.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise MediaError(f"{name} cannot be decoded as a picture ({error}); export it again") from error
+
+
+def fit_size(height: int, width: int, config: VisionConfig, max_patches: int | None = None) -> tuple[int, int]:
+    """(height, width) after native-resolution rounding; patches within [min, max], sides multiples of side_multiple.
+
+    Inside the limits each side is rounded on its own; outside, the picture is scaled to fit and then floored (too
+    big) or raised (too small). Sides below the multiple are enlarged first. A picture so slender that one side would
+    vanish keeps the multiple there and is shortened instead.
+
+    Source: models.md section 1, native resolution.
+    """
+    unit, patch = config.side_multiple, config.patch_size
+    most, least = min(config.max_patches, max_patches or config.max_patches), config.min_patches
+    most_units, least_units = (n * patch * patch / (unit * unit) for n in (most, least))
+    grow = max(1.0, unit / min(height, width))
+    h, w = height * grow / unit, width * grow / unit
+    if least_units <= h * w <= most_units:
+        rounded = max(1, math.floor(h + 0.5)), max(1, math.floor(w + 0.5))
+        if least_units <= rounded[0] * rounded[1] <= most_units:
+            return rounded[0] * unit, rounded[1] * unit
+    if h * w >= least_units:
+        scale = min(1.0, math.sqrt(most_units / (h * w)))
+        rows, columns = max(1, math.floor(h * scale + 1e-9)), max(1, math.floor(w * scale + 1e-9))
+        rows, columns = (
+            min(rows, math.floor(most_units / columns)) or 1,
+            min(columns, math.floor(most_units / rows)) or 1,
+        )
+    else:
+        scale = math.sqrt(least_units / (h * w))
+        rows, columns = math.ceil(h * scale - 1e-9), math.ceil(w * scale - 1e-9)
+    return rows * unit, columns * unit
+
+
+def resize(pixels_HW3: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Bicubic to (height, width)."""
+    if pixels_HW3.shape[:2] == size:
+        return pixels_HW3
+    return np.asarray(Image.fromarray(pixels_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def patchify(frames_FHW3: NDArray[np.uint8], config: VisionConfig) -> Patches:
+    """Cut frames into normalised patch rows; sides must be multiples of the patch, F of the temporal patch."""
+    p, t = config.patch_size, config.temporal_patch_size
+    frames, height, width, _ = frames_FHW3.shape
+    grid = (frames // t, height // p, width // p)
+    values = (frames_FHW3.astype(np.float32) / np.float32(255) - MEAN) / STD
+    cut = values.reshape(grid[0], t, grid[1], p, grid[2], p, 3)
+    # (pair, row, column) stays outside; inside a patch: channel, time, row, column.
+    rows = cut.transpose(0, 2, 4, 6, 1, 3, 5).reshape(math.prod(grid), 3 * t * p * p)
+    return Patches(values_PC=np.ascontiguousarray(rows), grid=grid)
+
+
+def encode_png(pixels_HW3: NDArray[np.uint8]) -> bytes:
+    """PNG bytes; equal pixels give equal bytes."""
+    out = io.BytesIO()
+    Image.fromarray(pixels_HW3).save(out, format="PNG", compress_level=6)
+    return out.getvalue()
+
+
+def _open(raw: bytes, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # The limit below is this project's own; PIL's guess would only warn.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(raw), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name} is too large a picture ({error}); scale it below {MAX_PIXELS} pixels") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise MediaError(f"{name} is not a picture that can be read ({error}); send png, jpeg or webp") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise MediaError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS}; scale it down")
+    if min(image.size) < 1:
+        raise MediaError(f"{name} has {image.width} x {image.height} pixels; nothing can be seen on it")
+    return image
