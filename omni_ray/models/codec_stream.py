@@ -10,13 +10,19 @@ Legend: D input width, C channels of a stage, T samples a frame of a stage, K = 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_ray.models.audio_decoder import LOOKAHEAD_FRAMES, AudioDecoder, UpsampleStage
 from omni_ray.models.codec_blocks import KERNEL, ResidualUnit, Snake, folded_weight
+from omni_ray.types.errors import RequestError
+
+if TYPE_CHECKING:
+    from omni_ray.models.codec import Codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,4 +203,69 @@ class FrameDecoder:
         return x.reshape(-1).tanh_(), state
 
 
-__all__ = ["LOOKAHEAD_FRAMES", "DecoderState", "FrameDecoder"]
+
+class CodecStream:
+    """Streaming decoding: codes in, sound out three frames later, the rest at :meth:`flush`.
+
+    Memory does not grow with the length of the stream. The sound of all pushes and the flush together equals
+    ``Codec.decode`` of all rows, bit for bit (CPU), however the rows were cut.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._frames = codec.frame_decoder()
+        self._state = self._frames.initial_state()
+        self._taken = 0
+        self._codebooks: int | None = None
+
+    @property
+    def pending_frames(self) -> int:
+        """Frames taken whose sound waits for the look-ahead (0 to 3)."""
+        return min(self._taken, LOOKAHEAD_FRAMES)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the stream's state."""
+        return self._state.bytes()
+
+    @torch.inference_mode()
+    def push(self, codes: Tensor | np.ndarray) -> Tensor:
+        """Take rows [n, K]; returns the sound that is now complete, [1440 m] float32, m = 0 at first.
+
+        Raises:
+            RequestError: as ``Codec.decode``, or another number of codebooks than before.
+        """
+        codes_NK = self._codec.checked_codes(codes)
+        if self._codebooks not in (None, codes_NK.shape[1]):
+            raise RequestError(f"{codes_NK.shape[1]} codebooks after {self._codebooks}; one stream keeps to one number")
+        self._codebooks = codes_NK.shape[1]
+        return self._sounds([self._row(code_K) for code_K in codes_NK])
+
+    @torch.inference_mode()
+    def flush(self) -> Tensor:
+        """Sound of the frames still waiting, as if silence followed; afterwards the stream begins anew."""
+        sound = self._sounds([None] * self.pending_frames)
+        self._state, self._taken, self._codebooks = self._frames.initial_state(), 0, None
+        return sound
+
+    def fork(self) -> CodecStream:
+        """An independent stream that goes on from here (for speculation and rollback)."""
+        other = CodecStream(self._codec)
+        other._state, other._taken, other._codebooks = self._state, self._taken, self._codebooks
+        return other
+
+    def _row(self, code_K: Tensor) -> Tensor:
+        """Decoder input [1, D] of one row of codes; always one row, so always the same bits."""
+        code_11K = code_K.view(1, 1, -1)
+        latents_1Z1 = self._codec.quantizer.read(code_11K[..., 1:])
+        return torch.cat([self._codec.decoder.semantic(code_11K[0, :, 0]), latents_1Z1[:, :, 0]], dim=1)
+
+    def _sounds(self, rows: list[Tensor | None]) -> Tensor:
+        pieces = []
+        for row in rows:
+            self._state = self._frames.advance(row, self._state)
+            self._taken += 1
+            if self._taken > LOOKAHEAD_FRAMES:
+                piece, self._state = self._frames.render(self._state)
+                pieces.append(piece)
+        return torch.cat(pieces) if pieces else torch.zeros(0)

@@ -1,0 +1,223 @@
+"""The four-codebook audio codec: any recording to 4 ids every 60 ms, and back to sound at 24 kHz.
+
+Column 0 of the codes is semantic (which sounds), columns 1..3 are acoustic (how they sound); an acoustic id is
+``ia * group_codes + ib``.  Fewer acoustic columns decode to a coarser sound.
+Source: LongCat-Audio-Codec report; models.md section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omni_ray.config.model import CodecConfig
+from omni_ray.models.audio_decoder import AudioDecoder
+from omni_ray.models.audio_tokenizer import AcousticEncoder, SemanticEncoder
+from omni_ray.models.codec_stream import CodecStream, FrameDecoder
+from omni_ray.models.fbank import Fbank
+from omni_ray.models.pretrained import load_weights, read_config, save_module
+from omni_ray.models.quantizer import Quantizer
+from omni_ray.models.resample import resample
+from omni_ray.types.errors import ConfigError, MediaError, RequestError
+
+MODEL_TYPE = "omni_ray_codec"
+MARGIN_FRAMES = 16
+"""Frames of context on both sides of a segment of a long recording (0.96 s); coded, then dropped."""
+MIN_FRAMES = 8
+"""Shorter sounds are coded with silence after them; the surplus codes are dropped."""
+
+
+class Codec(nn.Module):
+    """Encoder, quantiser and streaming decoder of one size.
+
+    ``forward`` is for training; users call :meth:`encode`, :meth:`decode` and :meth:`stream`.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        if config.output_hop * config.sample_rate_hz != config.hop * config.output_rate_hz:
+            raise ConfigError(
+                f"codec.decoder_rates_24k give {config.output_hop} samples a frame, yet a frame of {config.hop} at "
+                f"{config.sample_rate_hz} Hz lasts as long as {config.hop * config.output_rate_hz / config.sample_rate_hz:g} "
+                f"at {config.output_rate_hz} Hz; make them equal"
+            )
+        self.config = config
+        self.fbank = Fbank(config.num_mels, sample_rate_hz=config.sample_rate_hz)
+        self.semantic = SemanticEncoder(config)
+        self.acoustic = AcousticEncoder(config)
+        self.quantizer = Quantizer(config.latent_dim, config.levels, config.group_codes, config.group_dim)
+        self.decoder = AudioDecoder(config, config.output_rate_hz)
+        self._frames: FrameDecoder | None = None
+
+    @property
+    def codebooks(self) -> int:
+        """Columns of the codes: one semantic and ``levels`` acoustic."""
+        return 1 + self.config.levels
+
+    @property
+    def frame_rate_hz(self) -> float:
+        """Code rows a second (16.67)."""
+        return self.config.sample_rate_hz / self.config.hop
+
+    def code_sizes(self) -> tuple[int, ...]:
+        """Number of codes of each column."""
+        return (self.config.semantic_codes, *[self.config.group_codes**2] * self.config.levels)
+
+    def bits_per_second(self, codebooks: int | None = None) -> float:
+        """Bit-rate with this many codebooks (all by default)."""
+        sizes = self.code_sizes()[: self.codebooks if codebooks is None else codebooks]
+        return self.frame_rate_hz * sum(math.log2(size) for size in sizes)
+
+    @torch.inference_mode()
+    def encode(self, wave: Tensor | np.ndarray, sample_rate_hz: int) -> Tensor:
+        """Code a mono recording.
+
+        Args:
+            wave: [S] samples, float in [-1, 1] (louder samples are clipped).
+            sample_rate_hz: Its rate; any.
+        Returns:
+            [N, 4] int64 with N = ceil(S16 / 960), S16 being the samples at 16 kHz.
+        Raises:
+            MediaError: empty, not mono, not float, or with values that are not finite.
+        """
+        wave_S = resample(_checked_wave(wave), sample_rate_hz, self.config.sample_rate_hz)
+        frames = -(-wave_S.shape[0] // self.config.hop)
+        # Every clip has a zero tail up to a whole frame; a very short one gets a few frames of silence to stand in.
+        padded = max(frames, MIN_FRAMES) * self.config.hop
+        wave_S = torch.nn.functional.pad(wave_S, (0, padded - wave_S.shape[0]))
+        segments = [self._encode_segment(wave_S, *span) for span in segment_spans(padded // self.config.hop, self.config)]
+        return torch.cat(segments)[:frames].cpu()
+
+    def _encode_segment(self, wave_S: Tensor, start: int, keep_from: int, keep_to: int, end: int) -> Tensor:
+        hop = self.config.hop
+        part_1S = wave_S[start * hop : end * hop].unsqueeze(0).to(self._device())
+        semantic_1N, acoustic_1NL = self.tokens(part_1S)
+        codes_N4 = torch.cat([semantic_1N.unsqueeze(-1), acoustic_1NL], dim=-1)[0]
+        return codes_N4[keep_from - start : keep_to - start]
+
+    def tokens(self, wave_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Semantic ids [B, N] and acoustic ids [B, N, 3] of 16 kHz clips of N x 960 samples."""
+        semantic_BN = self.semantic.codes(self.fbank(wave_BS))
+        latents_BZN = self.acoustic(wave_BS.unsqueeze(1))
+        return semantic_BN, self.quantizer(latents_BZN).codes_BTL
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor | np.ndarray) -> Tensor:
+        """Sound of codes.
+
+        Args:
+            codes: [N, 4] integers as :meth:`encode` gives them; [N, 3] or [N, 2] for fewer codebooks.
+        Returns:
+            [1440 N] float32 at 24 kHz, on CPU. On CPU it is what :meth:`stream` gives for any chunking, bit for bit.
+        Raises:
+            RequestError: another shape or type, or an id out of range.
+        """
+        codes_NK = self.checked_codes(codes)
+        if self._device().type == "cpu":
+            stream = self.stream()
+            return torch.cat([stream.push(codes_NK), stream.flush()])
+        codes_1NK = codes_NK.unsqueeze(0).to(self._device())
+        latents_1ZN = self.quantizer.read(codes_1NK[..., 1:])
+        return self.decoder(codes_1NK[..., 0], latents_1ZN)[0, 0].float().cpu()
+
+    def stream(self) -> CodecStream:
+        """A new streaming decoder: push rows of codes, take sound, flush. Weights are packed once and shared."""
+        if self._frames is None:
+            self._frames = FrameDecoder(self.decoder)
+        return CodecStream(self)
+
+    def frame_decoder(self) -> FrameDecoder:
+        """The packed decoder that all streams of this codec share; :meth:`stream` makes it."""
+        if self._frames is None:
+            self._frames = FrameDecoder(self.decoder)
+        return self._frames
+
+    def train(self, mode: bool = True) -> Self:
+        """Training changes weights, so packed ones are forgotten."""
+        self._frames = None
+        return super().train(mode)
+
+    def checked_codes(self, codes: Tensor | np.ndarray) -> Tensor:
+        """The codes as [N, K] int64 on CPU.
+
+        Raises:
+            RequestError: not integers, not [N, 2..4], or an id outside its codebook (names the first one).
+        """
+        codes_NK = torch.as_tensor(codes).cpu()
+        if codes_NK.is_floating_point() or codes_NK.is_complex() or codes_NK.dtype == torch.bool:
+            raise RequestError(f"codes are {codes_NK.dtype}; give integers [N, {self.codebooks}]")
+        if codes_NK.dim() != 2 or not 2 <= codes_NK.shape[1] <= self.codebooks:
+            raise RequestError(
+                f"codes have shape {list(codes_NK.shape)}; this codec takes [frames, 2..{self.codebooks}]: "
+                "one semantic and at least one acoustic column"
+            )
+        codes_NK = codes_NK.long()
+        sizes_K = torch.tensor(self.code_sizes()[: codes_NK.shape[1]])
+        wrong = ((codes_NK < 0) | (codes_NK >= sizes_K)).nonzero()
+        if len(wrong):
+            row, column = (int(value) for value in wrong[0])
+            raise RequestError(
+                f"code {int(codes_NK[row, column])} at frame {row}, codebook {column} is out of range; "
+                f"that codebook of this codec has 0..{int(sizes_K[column]) - 1}"
+            )
+        return codes_NK
+
+    def save_pretrained(self, folder: Path | str, dtype: torch.dtype = torch.float16) -> None:
+        """Write ``config.json`` and ``model.safetensors``, floats as ``dtype``."""
+        save_module(self, self.config, Path(folder), model_type=MODEL_TYPE, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """A codec in evaluation mode from a folder of :meth:`save_pretrained`.
+
+        Raises:
+            CheckpointError: not such a folder, damaged, or of another size.
+        """
+        config = read_config(Path(folder), CodecConfig, model_type=MODEL_TYPE)
+        with torch.device("meta"):
+            codec = cls(config)
+        return load_weights(codec, Path(folder), what="a codec of the size in its config.json").eval()
+
+    def _device(self) -> torch.device:
+        return self.semantic.mean_C.device
+
+
+def segment_spans(frames: int, config: CodecConfig) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a recording for coding: (start, keep_from, keep_to, end) in frames.
+
+    Kept parts join without gap; every segment sees MARGIN_FRAMES of its neighbours, so a cut is not heard.
+    """
+    longest = int(config.max_segment_s * config.sample_rate_hz) // config.hop
+    if frames <= longest:
+        yield 0, 0, frames, frames
+        return
+    body = longest - 2 * MARGIN_FRAMES
+    if body < 1:
+        raise ConfigError(
+            f"codec.max_segment_s is {config.max_segment_s:g}; cutting needs more than {2 * MARGIN_FRAMES} frames, "
+            f"that is {2 * MARGIN_FRAMES * config.hop / config.sample_rate_hz:.2f} s"
+        )
+    for keep_from in range(0, frames, body):
+        keep_to = min(keep_from + body, frames)
+        yield max(0, keep_from - MARGIN_FRAMES), keep_from, keep_to, min(frames, keep_to + MARGIN_FRAMES)
+
+
+def _checked_wave(wave: Tensor | np.ndarray) -> Tensor:
+    wave_S = torch.as_tensor(wave).detach().cpu()
+    if wave_S.dim() != 1:
+        raise MediaError(f"audio has shape {list(wave_S.shape)}; give one channel [S] (average the channels first)")
+    if not wave_S.numel():
+        raise MediaError("audio is empty; give at least one sample")
+    if not wave_S.is_floating_point():
+        raise MediaError(f"audio is {wave_S.dtype}; give floats in [-1, 1] (divide 16-bit integers by 32768)")
+    wave_S = wave_S.float()
+    bad = (~wave_S.isfinite()).nonzero()
+    if len(bad):
+        raise MediaError(f"audio holds {len(bad)} values that are not finite (first at sample {int(bad[0])}); clean it")
+    return wave_S.clamp(-1.0, 1.0)
