@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
+from omni_ray.models.layers import row_padded
 from omni_ray.types.errors import MediaError
 
 Grid = tuple[int, int, int]
@@ -108,5 +109,4 @@ class VisionProjector(nn.Module):
 
     def forward(self, features_PD: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Map ViT features [patches, D] to language rows [tokens, output_size]."""
-        out: Tensor = self.proj(self.p0(merge_patches(features_PD, grids, self.merge)))
-        return out
+        return row_padded(lambda x_TJ: self.proj(self.p0(x_TJ)), merge_patches(features_PD, grids, self.merge))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
+from omni_ray.models.layers import ROW_TILE
 from omni_ray.models.pretrained import load_weights, read_config, save_module
 from omni_ray.models.projector import Grid, VisionProjector, merged_tokens
 from omni_ray.types.errors import MediaError
@@ -126,6 +127,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(query, key, value)
             mixed.append(out.transpose(1, 2).reshape(count * length, size))
             start += count * length
+        if not mixed:
+            mixed.append(value_PD)
         projected: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
         return projected
 
@@ -184,19 +187,21 @@ class LongCatViT(nn.Module):
 
     def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Features [P, D] of packed patches [P, C]; see :meth:`VisionEncoder.vit_features`."""
+        rows = patches_PC.shape[0]
+        missing = -rows % ROW_TILE
+        if missing:
+            # A spare window of zeros: a row's bits then do not depend on who shares its batch (layers.row_padded).
+            patches_PC, grids = F.pad(patches_PC, (0, 0, 0, missing)), [*grids, (1, 1, missing)]
         config = self.config
+        packed = pack_grids(grids, config.hidden_size // config.num_heads, config.rope_base, patches_PC.device)
         x_PD = self.embeddings(patches_PC)
-        if not grids:
-            return x_PD
-        head_size = config.hidden_size // config.num_heads
-        packed = pack_grids(grids, head_size, config.rope_base, patches_PC.device)
         if packed.order_P is not None:
             x_PD = x_PD[packed.order_P]
         for block in self.encoder.layers:
             x_PD = block(x_PD, packed)
         if packed.order_P is not None:
             x_PD = x_PD[torch.argsort(packed.order_P)]
-        return x_PD
+        return x_PD[:rows]
 
 
 class VisionEncoder(nn.Module):
@@ -218,7 +223,9 @@ class VisionEncoder(nn.Module):
         return features
 
     def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Encode packed items, each frame pair on its own; nothing is padded.
+        """Encode packed items, each frame pair on its own; sizes may differ, and nothing is padded to a common size.
+
+        On CPU in fp32 an item's rows have the same bits whoever shares its batch.
 
         Args:
             patches_PC: [patches, 3 * temporal patch * p * p], normalised pixels, channel-major (channel, time, row,

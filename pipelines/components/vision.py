@@ -1,0 +1,316 @@
+"""Pretrain the tiny vision encoder on painted digits, measure it on held-out ones, and write it with its card.
+
+    python -m pipelines.components.vision --out vision-tiny --steps 4500 --seed 0
+
+Digits come from scikit-learn, and from MNIST where the environment variable OMNI_RAY_REAL_DATA names a folder with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni_ray.config.model import VisionConfig, model_preset
+from omni_ray.data.tiny_world.pictures import Glyphs, GlyphSet, draw_picture, draw_video, load_glyphs
+from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, all_words, is_held_out
+from omni_ray.models.vision_encoder import VisionEncoder
+from omni_ray.training.contrastive import ContrastiveModel
+from omni_ray.training.muon import Muon
+from pipelines.components.vision_batches import MOVING_BOX, PICTURE_BOX, BatchPainter, PictureBatch, patchify
+
+REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
+DEFAULT_STEPS = 4500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionRecipe:
+    """How the tiny encoder is pretrained; the reasons are in models.md section 1 and the card's figures."""
+
+    steps: int = DEFAULT_STEPS
+    """Optimiser steps of all stages."""
+    batch: int = 64
+    """Pictures or frame pairs a step."""
+    motion_from: float = 0.6
+    """Share of the steps after which frame pairs join; every second batch is then of pairs (stage V4)."""
+    muon_lr: float = 0.02
+    """Muon on matrices."""
+    adam_lr: float = 2e-3
+    """AdamW on the rest; ten times as much on temperature and bias."""
+    weight_decay: float = 0.01
+    """Of both optimisers."""
+    warmup: int = 30
+    """Steps of linear warm-up; then linear decay to ``final_lr``."""
+    final_lr: float = 0.02
+    """Last learning rate as a share of the first."""
+    bias: float = -3.0
+    """First bias of the sigmoid loss: a tenth of the pairs in a batch are positive here."""
+    warp: float = 0.7
+    """Bend of still pictures in glyph pixels."""
+    picture_kinds: tuple[str, ...] = ("colour digit", "digit", "digit", "colour")
+    """Captions of still pictures, one kind a batch, in turn."""
+    pair_kinds: tuple[str, ...] = ("direction", "digit", "direction", "colour digit direction")
+    """Captions of frame pairs."""
+
+
+def train_vision(
+    out: Path,
+    *,
+    real_data: Path | None = None,
+    seed: int = 0,
+    recipe: VisionRecipe | None = None,
+    config: VisionConfig | None = None,
+    log: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Train from nothing, measure on held-out pictures, write ``config.json``, ``model.safetensors`` and ``card.json``.
+
+    Args:
+        out: Folder to write.
+        real_data: Folder with ``handwritten-digits``; None trains on scikit-learn's digits alone.
+        recipe: Fixed numbers of steps, so that equal seeds on equal machines give equal weights.
+    Returns:
+        The card.
+    Raises:
+        DataError: the digits cannot be read.
+    """
+    recipe = recipe or VisionRecipe()
+    config = config or model_preset("tiny").vision
+    glyphs = load_glyphs(real_data)
+    started = time.monotonic()
+    model = ContrastiveModel(VisionEncoder(config, seed=seed), all_words(), bias=recipe.bias, seed=seed + 1)
+    pretrain(model, BatchPainter(glyphs.train, seed, warp=recipe.warp), recipe, log=log)
+    minutes = (time.monotonic() - started) / 60
+    figures = evaluate_vision(model, glyphs, seed=seed)
+    model.encoder.save_pretrained(out, dtype=torch.float16)
+    card = make_card(glyphs, recipe, config, seed=seed, minutes=minutes, figures=figures)
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def pretrain(
+    model: ContrastiveModel, painter: BatchPainter, recipe: VisionRecipe, log: Callable[[str], None] | None = None
+) -> None:
+    """Stage V1 (still pictures), then V4 (still pictures and single frame pairs in turn)."""
+    optimizers = make_optimizers(model, recipe)
+    model.train()
+    motion_from = round(recipe.motion_from * recipe.steps)
+    for step in range(recipe.steps):
+        batch, captions = draw_step(painter, recipe, step, motion=step >= motion_from)
+        patches, grids = patchify(batch.frames_BT3SS, model.encoder.config)
+        loss = model.loss(model.pooled(patches, grids), captions)
+        scale = learning_rate_share(step, recipe)
+        loss.backward()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["first_lr"] * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if log is not None and (step % 100 == 99 or step + 1 == recipe.steps):
+            log(f"step {step + 1}/{recipe.steps} loss {loss.item():.3f}")
+
+
+def draw_step(
+    painter: BatchPainter, recipe: VisionRecipe, step: int, *, motion: bool
+) -> tuple[PictureBatch, list[str]]:
+    """The batch of a step and its captions; in V4 odd steps bring frame pairs, and half the stills are small."""
+    if motion and step % 2:
+        kind = recipe.pair_kinds[step // 2 % len(recipe.pair_kinds)]
+        batch = painter.frame_pairs(recipe.batch, any_ink="colour" not in kind)
+        return batch, batch.captions(kind)
+    turn = step // 2 if motion else step
+    kind = recipe.picture_kinds[turn % len(recipe.picture_kinds)]
+    small = motion and turn // len(recipe.picture_kinds) % 2 == 1
+    batch = painter.pictures(recipe.batch, MOVING_BOX if small else PICTURE_BOX, any_ink="colour" not in kind)
+    return batch, batch.captions(kind)
+
+
+def learning_rate_share(step: int, recipe: VisionRecipe) -> float:
+    """Linear warm-up, then linear decay to ``final_lr``."""
+    warm = min(1.0, (step + 1) / recipe.warmup)
+    return warm * (1.0 - (1.0 - recipe.final_lr) * step / max(1, recipe.steps - 1))
+
+
+def make_optimizers(model: ContrastiveModel, recipe: VisionRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks and heads, AdamW for everything else."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.projector") or parameter is model.log_temperature or parameter is model.bias:
+            continue
+        (matrices if parameter.ndim == 2 and "embedding" not in name else others).append(parameter)
+    muon = Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay)
+    groups: list[dict[str, Any]] = [
+        {"params": others, "lr": recipe.adam_lr},
+        {"params": [model.log_temperature, model.bias], "lr": 10 * recipe.adam_lr, "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["first_lr"] = group["lr"]
+    return [muon, adam]
+
+
+@torch.no_grad()
+def evaluate_vision(
+    model: ContrastiveModel, glyphs: Glyphs, *, seed: int = 0, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Nearest-caption accuracy on held-out pictures, one per held-out digit; value, n and chance of each figure.
+
+    Args:
+        limit: Use only the first so many pictures of each split.
+    """
+    model.eval()
+    figures: dict[str, dict[str, float]] = {}
+    for name, glyph_set in (("sklearn", glyphs.held_out_sklearn), ("mnist", glyphs.held_out_mnist)):
+        count = min(len(glyph_set), limit or len(glyph_set))
+        if not count:
+            continue
+        rng = np.random.default_rng([seed, 11, count])
+        figures |= {f"{key}_{name}": value for key, value in _still_figures(model, glyph_set, count, rng).items()}
+        figures |= {f"{key}_{name}": value for key, value in _pair_figures(model, glyph_set, count, rng).items()}
+    return figures
+
+
+def _still_figures(
+    model: ContrastiveModel, glyph_set: GlyphSet, count: int, rng: np.random.Generator
+) -> dict[str, dict[str, float]]:
+    colours = [list(COLOURS)[i] for i in rng.integers(len(COLOURS), size=count)]
+    labels = [int(label) for label in glyph_set.labels[:count]]
+    figures = {}
+    for suffix, box in (("", PICTURE_BOX), ("_small", MOVING_BOX)):
+        drawn = [draw_picture(rng, glyph_set.images[i], colours[i], box=box) for i in range(count)]
+        pooled = embed(model, np.stack(drawn)[:, None])
+        right = nearest(model, pooled, DIGITS) == torch.tensor(labels)
+        figures[f"digit{suffix}"] = _figure(right, 0.1)
+        unseen = torch.tensor([is_held_out(c, d) for c, d in zip(colours, labels, strict=True)])
+        figures[f"digit{suffix}_unseen_combination"] = _figure(right[unseen], 0.1)
+        own = torch.tensor([list(COLOURS).index(colour) for colour in colours])
+        figures[f"colour{suffix}"] = _figure(nearest(model, pooled, tuple(COLOURS)) == own, 1 / len(COLOURS))
+    return figures
+
+
+def _pair_figures(
+    model: ContrastiveModel, glyph_set: GlyphSet, count: int, rng: np.random.Generator
+) -> dict[str, dict[str, float]]:
+    words = tuple(DIRECTIONS)
+    own = rng.integers(len(words), size=count)
+    drawn = []
+    for i in range(count):
+        clip = draw_video(rng, glyph_set.images[i], list(COLOURS)[rng.integers(len(COLOURS))], words[own[i]])
+        first = rng.integers(len(clip) - 1)
+        drawn.append(clip[first : first + 2])
+    pooled = embed(model, np.stack(drawn))
+    labels = torch.from_numpy(glyph_set.labels[:count])
+    return {
+        "direction": _figure(nearest(model, pooled, words) == torch.from_numpy(own), 1 / len(words)),
+        "digit_moving": _figure(nearest(model, pooled, DIGITS) == labels, 0.1),
+    }
+
+
+def embed(model: ContrastiveModel, frames_BTSS3: np.ndarray) -> Tensor:
+    """Pooled features [B, D] of uint8 pictures [B, T, S, S, 3], 64 at a time."""
+    pixels = torch.from_numpy(frames_BTSS3).float().permute(0, 1, 4, 2, 3)
+    pooled = [model.pooled(*patchify(part, model.encoder.config)) for part in pixels.split(64)]
+    return torch.cat(pooled)
+
+
+def nearest(model: ContrastiveModel, pooled_BD: Tensor, captions: Sequence[str]) -> Tensor:
+    """Index of the caption nearest to each picture."""
+    return (model.image_embedding(pooled_BD) @ model.text_embedding(captions).T).argmax(dim=-1)
+
+
+def _figure(right: Tensor, chance: float) -> dict[str, float]:
+    return {"value": round(right.float().mean().item(), 4), "n": right.numel(), "chance": round(chance, 4)}
+
+
+def make_card(
+    glyphs: Glyphs,
+    recipe: VisionRecipe,
+    config: VisionConfig,
+    *,
+    seed: int,
+    minutes: float,
+    figures: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """What was trained, on what, how well: beside the weights as ``card.json``."""
+    train = glyphs.train
+    digest = hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest()
+    return {
+        "component": "vision encoder (LongCat-ViT, tiny) with projector",
+        "command": f"python -m pipelines.components.vision --out DIR --steps {recipe.steps} --seed {seed}",
+        "seed": seed,
+        "minutes": round(minutes, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "trained": {"vit": True, "projector": False},
+        "note": "The projector is as initialised by the seed; the curriculum trains it.",
+        "figures": figures,
+        "recipe": asdict(recipe),
+        "config": config.model_dump(mode="json"),
+        "training_data": {"sha256": digest, "ids": id_ranges(train.ids), "count": len(train)},
+        "held_out": {
+            "ids": id_ranges(glyphs.held_out_sklearn.ids + glyphs.held_out_mnist.ids),
+            "combinations": "colour-digit pairs of words.pairs(held_out=True) were never drawn",
+        },
+        "licences": {
+            "sklearn": "scikit-learn load_digits (UCI optical recognition of handwritten digits): BSD-3-Clause, CC BY 4.0",
+            "mnist": "MNIST, LeCun, Cortes, Burges: CC BY-SA 3.0",
+            "weights": "Apache-2.0",
+        },
+    }
+
+
+def id_ranges(ids: Sequence[str]) -> list[str]:
+    """``sklearn-0000..sklearn-1399`` for runs of numbered ids."""
+    ranges: list[list[str]] = []
+    for name in ids:
+        source, number = name.rsplit("-", 1)
+        if ranges and ranges[-1][1] == f"{source}-{int(number) - 1:0{len(number)}d}":
+            ranges[-1][1] = name
+        else:
+            ranges.append([name, name])
+    return [f"{first}..{last}" for first, last in ranges]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; figures as one JSON document on standard output, progress on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.components.vision", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimiser steps (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    for name, kind in (("warp", float), ("motion-from", float), ("muon-lr", float), ("adam-lr", float)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(VisionRecipe(), name.replace("-", "_")))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    recipe = VisionRecipe(
+        steps=options.steps,
+        warp=options.warp,
+        motion_from=options.motion_from,
+        muon_lr=options.muon_lr,
+        adam_lr=options.adam_lr,
+    )
+    folder = os.environ.get(REAL_DATA_VARIABLE)
+    card = train_vision(
+        options.out,
+        real_data=Path(folder) if folder else None,
+        seed=options.seed,
+        recipe=recipe,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(card["figures"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
