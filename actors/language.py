@@ -1,0 +1,137 @@
+"""The language worker: packed rows and features in, loss terms and the gradient of every feature slot out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.worker import NetworkWorker, Rank
+from omni_ray.bridge.chunk import join, split
+from omni_ray.bridge.modality_bridge import place, take_back
+from omni_ray.config.recipe import Recipe
+from omni_ray.data.chat import fill_codec_rows
+from omni_ray.models.llm import LanguageModel
+from omni_ray.training.loss import TERMS, auxiliary, objective, term_scales
+from omni_ray.types.batch import EmbeddingBatch, ItemRoute, OmniBatch
+from omni_ray.types.modality import Modality
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What a micro-batch must know of its step."""
+
+    counts: Mapping[str, int]
+    """Global rows per loss term."""
+    items: tuple[ItemRoute, ...]
+    """Routes of this micro-batch's items."""
+    targets: frozenset[int]
+    """Speech items that are spoken by the model and carry loss."""
+
+
+class LanguageWorker(NetworkWorker):
+    """Owns the language backbone."""
+
+    network_name = "language"
+    network: LanguageModel
+
+    def __init__(self, recipe: Recipe, rank: Rank) -> None:
+        super().__init__(recipe, rank)
+        self._sums = torch.zeros(len(TERMS), dtype=torch.float64)
+        self._expert_counts: Tensor | None = None
+
+    def forward(
+        self,
+        micro_batch: int,
+        batch: OmniBatch,
+        context: StepContext,
+        features: Mapping[Modality, Sequence[EmbeddingBatch]],
+        wanted: Sequence[Modality],
+    ) -> list[EmbeddingBatch]:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            micro_batch: Its number in the step.  batch: Packed rows, codec rows still empty.
+            context: Counts and routes.  features: What each encoder rank sent, chunks joined or not.
+            wanted: Modalities whose encoders train; the others get no gradient.
+        Returns:
+            The gradient of every wanted feature batch, in the order of ``wanted`` and of the batches given.
+        """
+        batch = fill_speech(batch, context, features.get(Modality.SPEECH, ()))
+        leaves: list[tuple[EmbeddingBatch, Tensor]] = []
+        placed: list[EmbeddingBatch] = []
+        for modality in (Modality.VISION, Modality.AUDIO):
+            for arrived in features.get(modality, ()):
+                values_ID = arrived.values_ID.clone().requires_grad_(modality in wanted)
+                placed.append(EmbeddingBatch(values_ID=values_ID, item_ids=arrived.item_ids, lengths=arrived.lengths))
+                if modality in wanted:
+                    leaves.append((arrived, values_ID))
+        loss, output = self._loss(batch, context, placed)
+        if loss.requires_grad:
+            loss.backward()
+        self.keep_term(micro_batch)
+        if self.live:
+            seen = output.expert_counts_LE
+            self._expert_counts = seen if self._expert_counts is None else self._expert_counts + seen
+        return [take_back(_gradient(values_ID), arrived) for arrived, values_ID in leaves]
+
+    def _loss(self, batch: OmniBatch, context: StepContext, placed: Sequence[EmbeddingBatch]):  # type: ignore[no-untyped-def]
+        stage = self.stage
+        assert stage is not None
+        rows_TD = self.network.embed_rows(batch.ids_T5)
+        rows_TD = place(rows_TD, placed, {item.id: item for item in context.items})
+        output = self.network(rows_TD, batch.cu_seqlens, batch.positions, rope_base=stage.rope_base)
+        scales = term_scales(stage.loss, context.counts)
+        loss, sums = objective(self.network, output.hidden_TD, batch, scales)
+        self._sums += sums
+        return loss + auxiliary(output, stage.loss, context.counts), output
+
+    def take_statistics(self) -> tuple[Tensor, Tensor]:
+        """Cross-entropy sums [8] by term and expert counts [layers, experts] of this rank since the last call."""
+        sums, counts = self._sums, self._expert_counts
+        self._sums, self._expert_counts = torch.zeros_like(sums), None
+        config = self.network.config
+        if counts is None:
+            experts = config.n_routed_experts + config.zero_expert_num
+            counts = torch.zeros(config.num_layers, experts, dtype=torch.int64)
+        return sums, counts
+
+    def balance_experts(self, step: int, counts: Sequence[Tensor]) -> None:
+        """Move the routers' bias by the whole step's expert counts, all ranks summed; after the optimizer step."""
+        if self.live:
+            stage, inside = self.recipe.stage_at(step)
+            from omni_ray.training.optimizer import rates
+
+            share = rates(stage.lr, inside, stage.steps)["language"] / stage.lr.peak
+            total = torch.stack(list(counts)).sum(dim=0)
+            self.network.update_expert_bias(total, self.recipe.optimizer.expert_bias_rate * share)
+
+
+def fill_speech(batch: OmniBatch, context: StepContext, codes: Sequence[EmbeddingBatch]) -> OmniBatch:
+    """Write codec ids into the rows that the plan keeps for them (delay of one, models.md section 3.1)."""
+    routes = {item.id: item for item in context.items}
+    ids_T5, labels_T5 = batch.ids_T5.clone(), batch.labels_T5.clone()
+    for part in codes:
+        pieces = torch.split(part.values_ID, list(part.lengths))
+        for item_id, codes_N4 in zip(part.item_ids, pieces, strict=True):
+            target = item_id in context.targets
+            fill_codec_rows(ids_T5, labels_T5, routes[item_id].offset, codes_N4, target=target)
+    return OmniBatch(
+        ids_T5=ids_T5,
+        cu_seqlens=batch.cu_seqlens,
+        labels_T5=labels_T5,
+        loss_kind_T=batch.loss_kind_T,
+        positions=batch.positions,
+        features=batch.features,
+    )
+
+
+def chunked(batches: Sequence[EmbeddingBatch], num_chunks: int) -> list[EmbeddingBatch]:
+    """Gradients as they travel back: joined, then cut into ``num_chunks`` pieces."""
+    return split(join(batches), num_chunks)
+
+
+def _gradient(values_ID: Tensor) -> Tensor:
+    return values_ID.grad if values_ID.grad is not None else torch.zeros_like(values_ID)

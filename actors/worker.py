@@ -1,0 +1,158 @@
+"""What every worker shares: a network, an optimizer, a stage; plain classes without Ray.
+
+A training actor, a Serve replica and a plain process hold the same workers.  A worker receives its calls in submission
+order; sums of gradient terms are made in that order, or, over several ranks, in the order of the terms' numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from omni_ray.bridge.chunk import join, split
+from omni_ray.bridge.route import tiles_of
+from omni_ray.config.recipe import Recipe
+from omni_ray.training.networks import build_network
+from omni_ray.training.optimizer import PoolOptimizer, rates
+from omni_ray.types.batch import EmbeddingBatch, ItemRoute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """Who a worker is inside its pool."""
+
+    pool: str
+    """vision, audio, speech or language."""
+    rank: int = 0
+    """Number inside the pool."""
+    ranks: int = 1
+    """Size of the pool."""
+
+
+class NetworkWorker:
+    """Owns one network and its optimizer state."""
+
+    network_name = ""
+
+    def __init__(self, recipe: Recipe, rank: Rank) -> None:
+        self.recipe = recipe
+        self.rank = rank
+        self.live = False
+        """Whether the stage trains any part of this network."""
+        self.terms: dict[int, Tensor] = {}
+        """Gradient terms by number; kept only when several ranks must add them in one order."""
+
+    def build(self, folder: Path | None = None) -> None:
+        """Make the network, from ``folder`` (``model/NAME`` of a checkpoint) or as the recipe starts."""
+        torch.set_num_threads(getattr(self.recipe.pools, self.rank.pool).threads)
+        self.network: nn.Module = build_network(self.network_name, self.recipe, folder)
+        self.network.eval()  # dropout and masks belong to component pretraining; here a tile's bits must repeat
+        self.optimizer = PoolOptimizer(self.rank.pool, self.network, self.recipe.optimizer)
+        self.stage = self.recipe.stages[0] if self.recipe.stages else None
+
+    def set_stage(self, index: int) -> bool:
+        """Enter a curriculum stage; returns whether this network trains in it."""
+        self.stage = self.recipe.stages[index]
+        self.live = self.optimizer.set_stage(self.stage)
+        return self.live
+
+    def keep_term(self, number: int) -> None:
+        """Close one gradient term; on a single rank it stays added where autograd put it."""
+        if self.live and self.rank.ranks > 1:
+            self.terms[number] = self.optimizer.take_term()
+
+    def give_terms(self) -> tuple[list[int], Tensor]:
+        """This rank's gradient terms for the others: their numbers, and rows [terms, parameters]."""
+        numbers = sorted(self.terms)
+        return numbers, torch.stack([self.terms[n] for n in numbers]) if numbers else torch.zeros(0, 0)
+
+    def finish(self, others: Sequence[tuple[Sequence[int], Tensor]]) -> float:
+        """Close the step's gradient and return its squared norm.
+
+        Args:
+            others: :meth:`give_terms` of every rank of the pool (this one too); empty on a single rank.
+        """
+        if not self.live:
+            return 0.0
+        if self.rank.ranks > 1:
+            rows = {n: row for numbers, rows in others for n, row in zip(numbers, rows, strict=True)}
+            self.optimizer.clear()
+            self.optimizer.put_terms(rows[n] for n in sorted(rows))
+            self.terms = {}
+        return self.optimizer.norm_squared()
+
+    def step(self, step: int, norms_squared: Sequence[float]) -> tuple[float, bool]:
+        """The optimizer step with the norm over all pools; returns that norm and whether the step was made."""
+        stage, inside = self.recipe.stage_at(step)
+        return self.optimizer.apply(norms_squared, rates(stage.lr, inside, stage.steps))
+
+    def save(self, folder: Path) -> None:
+        """Write ``model/NAME`` and ``optimizer/NAME.safetensors`` under a checkpoint folder."""
+        network: Any = self.network
+        network.save_pretrained(folder / "model" / self.network_name)
+        (folder / "optimizer").mkdir(parents=True, exist_ok=True)
+        save_file(self.optimizer.state_tensors(), folder / "optimizer" / f"{self.network_name}.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Take weights and optimizer state from a checkpoint folder."""
+        self.build(folder / "model" / self.network_name)
+        self.optimizer.load_state_tensors(load_file(folder / "optimizer" / f"{self.network_name}.safetensors"))
+
+
+class EncoderWorker(NetworkWorker):
+    """An encoder of media items: features forward, gradients back, tile by tile.
+
+    A tile is a fixed batch of items: its rows, and so its bits, do not depend on which rank runs it.
+    """
+
+    def __init__(self, recipe: Recipe, rank: Rank) -> None:
+        super().__init__(recipe, rank)
+        self._kept: dict[int, list[tuple[int, Tensor | None, list[Any], tuple[int, ...]]]] = {}
+
+    def encode(self, media: Sequence[Any]) -> tuple[Tensor, tuple[int, ...]]:
+        """One tile: decoded media in, rows [sum of lengths, D] and rows per item out."""
+        raise NotImplementedError
+
+    def forward(self, micro_batch: int, items: Sequence[ItemRoute], media: Mapping[int, Any]) -> list[EmbeddingBatch]:
+        """Features of this rank's items of a micro-batch.
+
+        Args:
+            micro_batch: Its number in the step.  items: Their routes, in id order.  media: Decoded media by item id.
+        Returns:
+            ``num_chunks`` embedding batches, without autograd history.
+        """
+        kept, out = [], []
+        for tile, members in tiles_of(items):
+            inputs = [media[item.id] for item in members]
+            recompute = getattr(self.recipe.pools, self.rank.pool).recompute == "full"
+            with torch.set_grad_enabled(self.live and not recompute):
+                rows_ID, lengths = self.encode(inputs)
+            ids = tuple(item.id for item in members)
+            out.append(EmbeddingBatch(values_ID=rows_ID.detach(), item_ids=ids, lengths=lengths))
+            if self.live:
+                kept.append((tile, None if recompute else rows_ID, inputs if recompute else [], ids))
+        if self.live:
+            self._kept[micro_batch] = kept
+        return split(join(out), self.recipe.schedule.num_chunks)
+
+    def backward(self, micro_batch: int, gradients: Sequence[EmbeddingBatch]) -> None:
+        """Add this micro-batch's terms to the gradient, tile after tile.
+
+        Args:
+            micro_batch: Its number in the step.  gradients: Pieces whose items are those of :meth:`forward`.
+        """
+        gradient_ID = join(gradients).values_ID
+        start = 0
+        for tile, rows_ID, inputs, _ in self._kept.pop(micro_batch):
+            if rows_ID is None:
+                rows_ID, _ = self.encode(inputs)
+            stop = start + rows_ID.shape[0]
+            rows_ID.backward(gradient_ID[start:stop])
+            start = stop
+            self.keep_term(tile)

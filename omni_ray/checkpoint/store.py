@@ -1,0 +1,112 @@
+"""Checkpoint directories: written to the side, renamed when whole; a folder without COMPLETE is not a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omni_ray.types.errors import CheckpointError
+
+COMPLETE = "COMPLETE"
+FORMAT = 1
+"""Number of the directory layout."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:07d}"
+
+
+@contextlib.contextmanager
+def writing(parent: Path, step: int) -> Iterator[Path]:
+    """A folder to write a checkpoint into; becomes ``parent/step-N`` only when the block ends without an error.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints stay as they are.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    side = parent / f".writing-{checkpoint_name(step)}"
+    shutil.rmtree(side, ignore_errors=True)
+    try:
+        side.mkdir()
+        yield side
+        (side / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+        (side / COMPLETE).write_text(f"{FORMAT}\n", encoding="utf-8")
+        target = parent / checkpoint_name(step)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(side, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint of step {step} could not be written under {parent} ({error.strerror}); "
+            "free space or choose another --out; earlier checkpoints are intact"
+        ) from error
+    finally:
+        shutil.rmtree(side, ignore_errors=True)
+
+
+def prune(parent: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` whole checkpoints."""
+    for folder in whole(parent)[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def whole(parent: Path) -> list[Path]:
+    """Whole checkpoints under a run's folder, oldest first."""
+    return [folder for folder in sorted(parent.glob("step-*")) if (folder / COMPLETE).is_file()]
+
+
+def newest(parent: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    found = whole(parent)
+    return found[-1] if found else None
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse what is not a whole checkpoint.
+
+    Raises:
+        CheckpointError: no such folder, no COMPLETE file, or a layout of another number.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} does not exist")
+    if not (folder / COMPLETE).is_file():
+        hint = newest(folder) or newest(folder / "checkpoints")
+        mend = f"; did you mean {hint}?" if hint else "; it was cut short, or it is another kind of folder"
+        raise CheckpointError(f"{folder} is not a whole checkpoint (its COMPLETE file is missing){mend}")
+    found = (folder / COMPLETE).read_text(encoding="utf-8").strip()
+    if found != str(FORMAT):
+        raise CheckpointError(f"{folder} has layout {found!r}, this version reads {FORMAT}; re-export it")
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state.json``: step, stage, data, mixture, random."""
+    (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read ``state.json`` of a whole checkpoint.
+
+    Raises:
+        CheckpointError: not whole, or the file is damaged.
+    """
+    check_whole(folder)
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / 'state.json'} cannot be read ({error}); use another checkpoint") from error
+    return state
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a checkpoint."""
+    found = {}
+    for package in ("omni-ray", "torch", "ray", "numpy", "safetensors", "tokenizers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

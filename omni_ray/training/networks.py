@@ -1,0 +1,63 @@
+"""The networks a recipe starts from: components loaded, the language model new from the seed."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from torch import nn
+
+from omni_ray.config.recipe import Recipe
+from omni_ray.types.errors import ConfigError
+
+POOLS = ("language", "vision", "audio")
+"""Pools that train, in the order in which norms are summed."""
+
+
+def component_folder(recipe: Recipe, name: str) -> Path:
+    """Where a recipe's pretrained component lies: shipped with the package, or in the folder it names.
+
+    Raises:
+        ConfigError: the folder does not hold the component.
+    """
+    if recipe.components == "train":
+        raise ConfigError("components: train must be resolved to a folder first; run `omni-ray quickstart` or train them")
+    if recipe.components == "shipped":
+        folder = Path(str(resources.files("omni_ray").joinpath("assets", name)))
+    else:
+        folder = Path(recipe.components) / name
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"components is {recipe.components!r}, yet {folder} holds no {name} component (config.json is missing); "
+            "choose shipped, or a folder with vision/, audio/ and codec/"
+        )
+    return folder
+
+
+def build_network(name: str, recipe: Recipe, folder: Path | None = None) -> nn.Module:
+    """Build one network: from ``folder`` (a checkpoint's model part) or as the recipe starts.
+
+    Args:
+        name: language, vision, audio or codec.  recipe: The run.  folder: Trained weights, or None to start.
+    """
+    networks = recipe.networks
+    if name == "language":
+        from omni_ray.models.llm import LanguageModel
+
+        if folder is not None:
+            return LanguageModel.from_pretrained(folder)
+        model = LanguageModel(networks.language)
+        model.init_weights(recipe.seed)
+        return model
+    source = folder or component_folder(recipe, name)
+    if name == "vision":
+        from omni_ray.models.vision_encoder import VisionEncoder
+
+        return VisionEncoder.from_pretrained(source)
+    if name == "audio":
+        from omni_ray.models.audio_encoder import AudioEncoder
+
+        return AudioEncoder.from_pretrained(source)
+    from omni_ray.models.codec import Codec
+
+    return Codec.from_pretrained(source)

@@ -1,0 +1,158 @@
+"""One optimizer per pool, one global norm over all pools, ordered sums of gradient terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from omni_ray.config.curriculum import LearningRate, Stage
+from omni_ray.config.training import OptimizerConfig
+from omni_ray.types.errors import CheckpointError
+
+
+def part_of(pool: str, parameter: str) -> str:
+    """Which ``trainable`` word of a stage a parameter belongs to."""
+    if pool == "language":
+        return "audio_heads" if parameter.startswith(("audio_embeddings.", "audio_heads.")) else "language"
+    return f"{pool}_projector" if parameter.startswith("projector.") else pool
+
+
+def rates(lr: LearningRate, step: int, steps: int) -> dict[str, float]:
+    """Learning rate of every part at ``step`` of a stage of ``steps``: linear warm-up, then a line or a cosine."""
+    if step < lr.warmup_steps:
+        base = lr.peak * (step + 1) / lr.warmup_steps
+    else:
+        share = (step - lr.warmup_steps) / max(1, steps - lr.warmup_steps)
+        share = share if lr.shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * share))
+        base = lr.peak + (lr.end - lr.peak) * share
+    scales = {"vision": lr.vision_scale, "audio": lr.audio_scale}
+    scales |= {"vision_projector": lr.projector_scale, "audio_projector": lr.projector_scale}
+    return {part: base * scales.get(part, 1.0) for part in ("language", "audio_heads", *scales)}
+
+
+class PoolOptimizer:
+    """AdamW over one network, with the stage deciding what trains.
+
+    Gradients of a step are the sum of terms in a fixed order.  On a single rank the terms are added as they come, in
+    submission order; with several ranks each keeps its terms, exchanges them, and adds all of them in the same order:
+    the same additions, so the same bits.
+    """
+
+    def __init__(self, pool: str, module: nn.Module, config: OptimizerConfig) -> None:
+        self.pool = pool
+        self.config = config
+        self.parameters = dict(module.named_parameters())
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault((part_of(pool, name), parameter.ndim >= 2), []).append(parameter)
+        self._adam = torch.optim.AdamW(
+            [
+                {"params": members, "part": part, "weight_decay": config.weight_decay if matrix else 0.0}
+                for (part, matrix), members in groups.items()
+            ],
+            lr=1e-3,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+
+    def set_stage(self, stage: Stage) -> bool:
+        """Let the stage's parts train; returns whether anything of this pool does."""
+        live = False
+        for name, parameter in self.parameters.items():
+            trains = part_of(self.pool, name) in stage.trainable
+            parameter.requires_grad_(trains)
+            live = live or trains
+        return live
+
+    def take_term(self) -> Tensor:
+        """The gradient since the last call as one flat vector [P]; parameters without one count as zeros."""
+        flat = torch.cat([_gradient(p).reshape(-1) for p in self._trainable()])
+        self.clear()
+        return flat
+
+    def put_terms(self, terms: Iterable[Tensor]) -> None:
+        """Set the gradient to the sum of flat terms, added in the given order."""
+        total: Tensor | None = None
+        for term in terms:
+            total = term.clone() if total is None else total.add_(term)
+        if total is None:
+            return
+        start = 0
+        for parameter in self._trainable():
+            size = parameter.numel()
+            parameter.grad = total[start : start + size].view_as(parameter)
+            start += size
+
+    def norm_squared(self) -> float:
+        """Sum of squares of the gradient, accumulated in fp64 in parameter order.
+
+        A parameter that no row of the step touched gets a gradient of zeros, on one rank as on many: AdamW skips missing
+        gradients but not zeros, and pool sizes must not change what it does.
+        """
+        total = 0.0
+        for parameter in self._trainable():
+            parameter.grad = _gradient(parameter)
+            total += float(parameter.grad.double().square().sum())
+        return total
+
+    def apply(self, norms_squared: Sequence[float], rate_of_part: Mapping[str, float]) -> tuple[float, bool]:
+        """Clip by the global norm and step; a non-finite norm skips the step, here as in every other pool.
+
+        Args:
+            norms_squared: :meth:`norm_squared` of every pool, in the fixed pool order.
+            rate_of_part: Learning rates of :func:`rates`.
+        Returns:
+            The global norm, and whether the step was made.
+        """
+        total = 0.0
+        for value in norms_squared:
+            total += value
+        norm = math.sqrt(total) if math.isfinite(total) and total >= 0 else math.nan
+        made = math.isfinite(norm)
+        if made:
+            limit = self.config.clip_norm
+            if limit and norm > limit:
+                for parameter in self._trainable():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(limit / norm)
+            for group in self._adam.param_groups:
+                group["lr"] = rate_of_part[group["part"]]
+            self._adam.step()
+        self.clear()
+        return norm, made
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Optimizer state by parameter name, for safetensors."""
+        out: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self._adam.state.get(parameter, {}).items():
+                out[f"{name}::{key}"] = value.detach().clone().contiguous()
+        return out
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_tensors`.
+
+        Raises:
+            CheckpointError: a tensor belongs to no parameter of this network.
+        """
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("::")
+            if name not in self.parameters:
+                raise CheckpointError(f"optimizer tensor {key!r} belongs to no parameter of the {self.pool} network")
+            self._adam.state[self.parameters[name]][field] = value.clone()
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
