@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.worker import EncoderWorker
-from omni_ray.data.image import patchify
+from omni_ray.data.media import patch_rows
 
 
 class VisionWorker(EncoderWorker):
@@ -23,8 +23,5 @@ class VisionWorker(EncoderWorker):
         Args:
             media: uint8 frames [1 or 2, h, w, 3] at their final size; a single frame is an image, repeated along time.
         """
-        config = self.network.config
-        patched = [patchify(frames, config) for frames in media]
-        rows_PC = torch.cat([rows for rows, _ in patched])
-        grids = [grid for _, grid in patched]
-        return self.network(rows_PC, grids), tuple(self.network.tokens(grid) for grid in grids)
+        rows_PC, grids = patch_rows(media, self.network.config)
+        return self.network(torch.from_numpy(rows_PC), grids), tuple(self.network.tokens(grid) for grid in grids)

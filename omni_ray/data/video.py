@@ -57,6 +57,15 @@ def video_patches(raw: bytes, name: str, config: VisionConfig) -> Patches:
     """Decode the planned frames and cut them into patch rows, pair after pair.
 
     Raises:
+        MediaError: as :func:`video_frames`.
+    """
+    return patchify(video_frames(raw, name, config), config)
+
+
+def video_frames(raw: bytes, name: str, config: VisionConfig) -> NDArray[np.uint8]:
+    """Decode the planned frames at their final size, [F, h, w, 3]; an odd count repeats the last.
+
+    Raises:
         MediaError: as :func:`plan_video`, or frames that cannot be decoded.
     """
     plan = plan_video(raw, name, config)
@@ -66,7 +75,7 @@ def video_patches(raw: bytes, name: str, config: VisionConfig) -> Patches:
     if len(kept) != len(plan.frames):
         raise MediaError(f"{name} promises frame {max(wanted)} and cannot be decoded that far; export it again")
     missing = -len(kept) % config.temporal_patch_size
-    return patchify(np.stack(kept + [kept[-1]] * missing), config)
+    return np.stack(kept + [kept[-1]] * missing)
 
 
 def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:
