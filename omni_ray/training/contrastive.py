@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
-from omni_ray.models.vision_encoder import Block, VisionEncoder, pack_grids
 from omni_ray.models.projector import Grid
+from omni_ray.models.vision_encoder import Block, VisionEncoder, pack_grids
 
 # B pictures, U different captions, E joint embedding size, D hidden size
 

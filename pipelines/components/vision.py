@@ -42,7 +42,7 @@ class VisionRecipe:
     """Optimiser steps of all stages."""
     batch: int = 64
     """Pictures or frame pairs a step."""
-    motion_from: float = 0.6
+    motion_from: float = 0.5
     """Share of the steps after which frame pairs join; every second batch is then of pairs (stage V4)."""
     muon_lr: float = 0.02
     """Muon on matrices."""
@@ -58,9 +58,9 @@ class VisionRecipe:
     """First bias of the sigmoid loss: a tenth of the pairs in a batch are positive here."""
     warp: float = 0.7
     """Bend of still pictures in glyph pixels."""
-    picture_kinds: tuple[str, ...] = ("colour digit", "digit", "digit", "colour")
+    picture_kinds: tuple[str, ...] = ("digit", "colour", "digit")
     """Captions of still pictures, one kind a batch, in turn."""
-    pair_kinds: tuple[str, ...] = ("direction", "digit", "direction", "colour digit direction")
+    pair_kinds: tuple[str, ...] = ("direction", "digit")
     """Captions of frame pairs."""
 
 
@@ -264,7 +264,7 @@ def make_card(
             "combinations": "colour-digit pairs of words.pairs(held_out=True) were never drawn",
         },
         "licences": {
-            "sklearn": "scikit-learn load_digits (UCI optical recognition of handwritten digits): BSD-3-Clause, CC BY 4.0",
+            "sklearn": "load_digits of scikit-learn (BSD-3-Clause); UCI, optical recognition of handwritten digits",
             "mnist": "MNIST, LeCun, Cortes, Burges: CC BY-SA 3.0",
             "weights": "Apache-2.0",
         },
