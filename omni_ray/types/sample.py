@@ -19,7 +19,8 @@ class Sample:
     ``messages`` is a list of ``{"role": "system"|"user"|"assistant"|"voice", "content": [part, ...]}``; a part is
     ``{"type": "text", "text": str}``, or ``{"type": "image"|"video"|"audio"|"speech", "media": NAME}`` with NAME a
     key of ``media``.  ``audio`` is heard through the audio encoder, ``speech`` becomes codec rows; a ``speech`` part may
-    carry ``"text"``: the words spoken in parallel.
+    carry ``"text"``: the words spoken in parallel.  A text part with ``"as": "audio"`` stands between the audio marks, in
+    the place of a sound.  Role ``text`` is running text without a role's name.
     """
 
     key: str
@@ -54,6 +55,8 @@ class MediaSpan:
     """Vision only: (frame pairs, patch rows, patch columns) of this span."""
     frame_pair: int = -1
     """Video only: which frame pair this span shows; -1 for a whole item."""
+    target: bool = False
+    """Speech only: its codec rows are answers, so the audio heads learn them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

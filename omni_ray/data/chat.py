@@ -1,0 +1,304 @@
+"""The chat template: a sample to rows, labels and media spans, and a prompt to rows (models.md section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from omni_ray.config.model import OmniConfig
+from omni_ray.data.audio import audio_rows, codec_frames, count_samples
+from omni_ray.data.codec_rows import fill_codec_rows, undo_delay
+from omni_ray.data.image import image_grid, image_tokens
+from omni_ray.data.tokenizer import Tokenizer
+from omni_ray.data.video import plan_video
+from omni_ray.types.batch import AUDIO_PAD, IGNORE, NUM_CODEBOOKS, LossKind
+from omni_ray.types.errors import DataError
+from omni_ray.types.modality import Modality
+from omni_ray.types.sample import EncodedSample, MediaSpan, Sample
+
+__all__ = [
+    "COUNT_NAMES",
+    "answer_text",
+    "encode_sample",
+    "fill_codec_rows",
+    "generation_prompt",
+    "loss_counts",
+    "undo_delay",
+]
+
+PREFIXES: Mapping[str, str] = {
+    "system": "SYSTEM:",
+    "user": "USER:",
+    "assistant": "ASSISTANT:",
+    "voice": "VOICE ASSISTANT:",
+    "text": "",
+}
+"""What stands before a message; ``text`` is running text, which opens with the begin token instead."""
+PLAIN_TEXT_KIND = "text"
+"""Samples of this kind learn every row, questions included."""
+COUNT_NAMES = ("text", "audio_text", "pad_text", "vision", "audio_0", "audio_1", "audio_2", "audio_3")
+"""Loss terms in the order of plans."""
+_VISUAL = frozenset({"image", "video"})
+
+
+def encode_sample(sample: Sample, tokenizer: Tokenizer, model: OmniConfig) -> EncodedSample:
+    """Rows, shifted labels and media spans of a sample; media headers are read, nothing is encoded.
+
+    Loss falls on the content and end of ``assistant`` and ``voice`` messages, and on every row of kind ``text``. The
+    text head's term is AUDIO_TEXT inside codec answers (PAD_TEXT on their pad rows), VISION in samples with a picture
+    or a video, AUDIO_TEXT in other samples with codec rows, else TEXT. Codec columns hold PAD until
+    :func:`fill_codec_rows` writes them.
+
+    Raises:
+        DataError: a role, part or member that is not there, or a text longer than its speech.
+        MediaError: media that cannot be read.
+    """
+    writer = _Writer(sample, tokenizer, model)
+    for message in sample.messages:
+        writer.message(message)
+    return writer.finish()
+
+
+def generation_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    voice: bool,
+    tokenizer: Tokenizer,
+    model: OmniConfig,
+    *,
+    media: Mapping[str, bytes] | None = None,
+    key: str = "prompt",
+) -> EncodedSample:
+    """A conversation as rows that end in ``ASSISTANT:`` or ``VOICE ASSISTANT:``; no row carries a label.
+
+    Raises:
+        DataError, MediaError: as :func:`encode_sample`.
+    """
+    sample = Sample(key=key, kind="prompt", messages=tuple(messages), media=media or {})
+    writer = _Writer(sample, tokenizer, model)
+    for message in messages:
+        writer.message(message)
+    writer.plain(tokenizer.encode(PREFIXES["voice" if voice else "assistant"]))
+    return writer.finish(labelled=False)
+
+
+def answer_text(ids: Iterable[int], tokenizer: Tokenizer) -> str:
+    """What a generated text column says: up to the end token, pads, pauses and placeholders left out."""
+    kept = []
+    for token in ids:
+        if int(token) == tokenizer.eos_id:
+            break
+        kept.append(int(token))
+    return tokenizer.decode(kept).strip()
+
+
+def loss_counts(encoded: EncodedSample) -> dict[str, int]:
+    """Rows with a target per loss term; a codec answer of N frames counts N + 1 for head 0 and N for heads 1 to 3."""
+    has_label_T = encoded.labels_T5[:, 0] != IGNORE
+    kinds = {
+        "text": LossKind.TEXT,
+        "audio_text": LossKind.AUDIO_TEXT,
+        "pad_text": LossKind.PAD_TEXT,
+        "vision": LossKind.VISION,
+    }
+    counts = {name: int((has_label_T & (encoded.loss_kind_T == kind)).sum()) for name, kind in kinds.items()}
+    rows = [span.length for span in encoded.spans if span.target]
+    counts["audio_0"] = sum(rows)
+    return counts | {f"audio_{level}": sum(rows) - len(rows) for level in range(1, NUM_CODEBOOKS)}
+
+
+class _Writer:
+    """Collects rows: the text id, and the loss term under which that id is a target of the row before."""
+
+    def __init__(self, sample: Sample, tokenizer: Tokenizer, model: OmniConfig) -> None:
+        self.sample, self.tokenizer, self.model = sample, tokenizer, model
+        self.ids: list[int] = []
+        self.terms: list[LossKind] = []
+        self.spans: list[MediaSpan] = []
+        self.all_rows = sample.kind == PLAIN_TEXT_KIND
+        kinds = {part.get("type") for message in sample.messages for part in self._parts(message)}
+        if kinds & _VISUAL:
+            self.term = LossKind.VISION
+        else:
+            self.term = LossKind.AUDIO_TEXT if "speech" in kinds else LossKind.TEXT
+
+    def message(self, message: Mapping[str, Any]) -> None:
+        """One turn: prefix, parts, end token for whoever ends, newline."""
+        role = str(message.get("role"))
+        if role not in PREFIXES:
+            raise self._error(f"has a message of role {role!r}; roles are {', '.join(PREFIXES)}")
+        if role == "text":
+            self.plain([self.tokenizer.bos_id])
+        self.plain(self.tokenizer.encode(PREFIXES[role]))
+        learn = role in ("assistant", "voice") or (role == "text" and self.all_rows)
+        parts = self._parts(message)
+        segments = [i for i, part in enumerate(parts) if part.get("type") == "speech"] if role == "voice" else []
+        ended = False
+        for i, part in enumerate(parts):
+            if i in segments:
+                ended = self._speech_answer(part, final=i == segments[-1] and i == len(parts) - 1)
+            else:
+                self._part(part, learn)
+        if role != "user" and not ended:
+            self._add([self.tokenizer.eos_id], learn)
+        if role != "text":
+            self.plain(self.tokenizer.encode("\n"))
+
+    def plain(self, ids: Sequence[int]) -> None:
+        """Rows without loss, unless every row has it."""
+        self._add(ids, learn=False)
+
+    def finish(self, *, labelled: bool = True) -> EncodedSample:
+        """Shift the targets by one and freeze."""
+        count = len(self.ids)
+        ids_T5 = np.full((count, 1 + NUM_CODEBOOKS), AUDIO_PAD, dtype=np.int64)
+        ids_T5[:, 0] = self.ids
+        labels_T5 = np.full_like(ids_T5, IGNORE)
+        loss_kind_T = np.zeros(count, dtype=np.int64)
+        if labelled and count > 1:
+            terms = np.array(self.terms, dtype=np.int64)[1:]
+            loss_kind_T[:-1] = terms
+            labels_T5[:-1, 0] = np.where(terms != LossKind.NONE, ids_T5[1:, 0], IGNORE)
+        return EncodedSample(
+            key=self.sample.key,
+            kind=self.sample.kind,
+            ids_T5=ids_T5,
+            labels_T5=labels_T5,
+            loss_kind_T=loss_kind_T,
+            spans=tuple(self.spans),
+        )
+
+    def _part(self, part: Mapping[str, Any], learn: bool) -> None:
+        kind = part.get("type")
+        if kind == "text":
+            self._text(part, learn)
+        elif kind == "image":
+            self._image(self._name(part))
+        elif kind == "video":
+            self._video(self._name(part))
+        elif kind == "audio":
+            self._audio(self._name(part))
+        elif kind == "speech":
+            self._speech_heard(self._name(part))
+        else:
+            raise self._error(f"has a part of type {kind!r}; types are text, image, video, audio, speech")
+
+    def _text(self, part: Mapping[str, Any], learn: bool) -> None:
+        if not isinstance(part.get("text"), str):
+            raise self._error("has a text part without text")
+        ids = self.tokenizer.encode(part["text"])
+        if part.get("as") == "audio":
+            ids = [self.tokenizer.audio_begin_id, *ids, self.tokenizer.audio_end_id]
+        self._add(ids, learn)
+
+    def _image(self, name: str) -> None:
+        config = self.model.vision
+        grid = image_grid(self._media(name), self._where(name), config)
+        self._visual(name, "image", grid, -1)
+        self.plain(self.tokenizer.encode("\n"))
+
+    def _video(self, name: str) -> None:
+        plan = plan_video(self._media(name), self._where(name), self.model.vision)
+        for pair, time_s in enumerate(plan.times_s):
+            self.plain(self.tokenizer.encode(f"second{{{time_s:.1f}}}:"))
+            self._visual(name, "video", (1, *plan.grid[1:]), pair)
+
+    def _visual(self, name: str, kind: str, grid: tuple[int, int, int], pair: int) -> None:
+        rows, cost = image_tokens(grid, self.model.vision), float(grid[0] * grid[1] * grid[2])
+        self._span(Modality.VISION, name, kind, rows, cost, grid=grid, frame_pair=pair)
+        self._placeholders(self.tokenizer.image_pad_id, rows)
+
+    def _audio(self, name: str) -> None:
+        rows = audio_rows(self._samples(name, self.model.audio.sample_rate_hz), self.model.audio)
+        self.plain([self.tokenizer.audio_begin_id])
+        self._span(Modality.AUDIO, name, "audio", rows, float(rows))
+        self._placeholders(self.tokenizer.audio_pad_id, rows)
+        self.plain([self.tokenizer.audio_end_id])
+
+    def _speech_heard(self, name: str) -> None:
+        rows = codec_frames(self._samples(name, self.model.codec.sample_rate_hz), self.model.codec) + 1
+        self._span(Modality.SPEECH, name, "speech", rows, float(rows))
+        self._placeholders(self.tokenizer.pad_id, rows)
+
+    def _speech_answer(self, part: Mapping[str, Any], *, final: bool) -> bool:
+        """Codec rows with their words beside them; True when the words end the answer."""
+        name, tokenizer = self._name(part), self.tokenizer
+        rows = codec_frames(self._samples(name, self.model.codec.sample_rate_hz), self.model.codec) + 1
+        self._span(Modality.SPEECH, name, "speech", rows, float(rows), target=True)
+        if not part.get("text"):
+            # Sound alone: no word is due before it ends, so its text column teaches nothing.
+            self._placeholders(tokenizer.pad_id, rows)
+            return False
+        words = [*tokenizer.encode(part["text"]), tokenizer.eos_id if final else tokenizer.pause_id]
+        if len(words) > rows:
+            raise self._error(
+                f"has {len(words)} text tokens beside {rows} codec rows of {name}; split the segment or slow the speech"
+            )
+        pads = rows - len(words)
+        self.ids += [*words, *[tokenizer.pad_id] * pads]
+        self.terms += [LossKind.AUDIO_TEXT] * len(words) + [LossKind.PAD_TEXT] * pads
+        return final
+
+    def _span(
+        self,
+        modality: Modality,
+        name: str,
+        kind: str,
+        length: int,
+        cost: float,
+        *,
+        grid: tuple[int, int, int] = (0, 0, 0),
+        frame_pair: int = -1,
+        target: bool = False,
+    ) -> None:
+        self.spans.append(
+            MediaSpan(
+                modality=modality,
+                name=name,
+                kind=kind,
+                offset=len(self.ids),
+                length=length,
+                cost=cost,
+                grid=grid,
+                frame_pair=frame_pair,
+                target=target,
+            )
+        )
+
+    def _add(self, ids: Sequence[int], learn: bool) -> None:
+        term = self.term if learn or self.all_rows else LossKind.NONE
+        self.ids += ids
+        self.terms += [term] * len(ids)
+
+    def _placeholders(self, token: int, rows: int) -> None:
+        self.ids += [token] * rows
+        self.terms += [LossKind.NONE] * rows
+
+    def _samples(self, name: str, sample_rate_hz: int) -> int:
+        return count_samples(self._media(name), self._where(name), sample_rate_hz)
+
+    def _media(self, name: str) -> bytes:
+        if name not in self.sample.media:
+            raise self._error(f"speaks of {name!r}, yet its media are {', '.join(sorted(self.sample.media)) or 'none'}")
+        return self.sample.media[name]
+
+    def _name(self, part: Mapping[str, Any]) -> str:
+        if not isinstance(part.get("media"), str):
+            raise self._error(f"has a part of type {part.get('type')} that names no media")
+        return str(part["media"])
+
+    def _where(self, name: str) -> str:
+        return f"{self.sample.key}/{name}"
+
+    @staticmethod
+    def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        content = message.get("content", ())
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        if not all(isinstance(part, Mapping) for part in content):
+            raise DataError(f"a message's content is {content!r}; it must be text or a list of parts")
+        return list(content)
+
+    def _error(self, what: str) -> DataError:
+        return DataError(f"sample {self.sample.key} {what}")
