@@ -88,7 +88,6 @@ class PoolActor:
 
         return self.worker.finish([(numbers, torch.from_numpy(rows.copy())) for numbers, rows in others])
 
-
     def step(self, step: int, *norms_squared: float) -> tuple[float, bool]:
         """The optimizer step, given the squared norm of every training pool."""
         return self.worker.step(step, norms_squared)

@@ -55,7 +55,9 @@ class SpeechWorker:
         """24 kHz wave of codes [N, 4]."""
         return self.network.decode(torch.from_numpy(np.array(codes_N4))).numpy().astype(np.float32)
 
-    def forward(self, micro_batch: int, items: Sequence[ItemRoute], media: Mapping[int, NDArray]) -> list[EmbeddingBatch]:
+    def forward(
+        self, micro_batch: int, items: Sequence[ItemRoute], media: Mapping[int, NDArray]
+    ) -> list[EmbeddingBatch]:
         """Codes of this rank's items of a micro-batch; ``lengths`` count frames (a route holds frames + 1 rows)."""
         codes = [self.encode(media[item.id]) for item in items]
         return [

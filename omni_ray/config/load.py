@@ -131,6 +131,8 @@ def _sentence(error: ValidationError, name: str) -> str:
 def _known_keys(model: Any, loc: tuple[int | str, ...]) -> list[str]:
     """Field names of the model that the path leads to, through optionals, tuples and mappings."""
     for part in loc:
+        if isinstance(part, int):  # the item of a tuple; its model is unwrapped already
+            continue
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = model.model_fields[str(part)].annotation
         elif isinstance(model, type) and issubclass(model, BaseModel):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
-from omni_ray.models.attention import LatentAttention, PackedLayout
+from omni_ray.models.attention import LatentAttention
 from omni_ray.models.layers import GatedMLP, RMSNorm
 from omni_ray.models.moe import MoE, Routing
+from omni_ray.models.packed_attention import PackedLayout
 
 
 class ShortcutLayer(nn.Module):
@@ -25,11 +26,11 @@ class ShortcutLayer(nn.Module):
         self.post_attention_layernorm = nn.ModuleList([RMSNorm(hidden, eps) for _ in range(2)])
         self.mlp = MoE(config)
 
-    def forward(self, x_TH: Tensor, layout: PackedLayout, rope_TP: tuple[Tensor, Tensor]) -> tuple[Tensor, Routing]:
+    def forward(self, x_TH: Tensor, layout: PackedLayout) -> tuple[Tensor, Routing]:
         """[T, H] -> [T, H] and the mixture's routing."""
-        h1 = x_TH + self.self_attn[0](self.input_layernorm[0](x_TH), layout, rope_TP)
+        h1 = x_TH + self.self_attn[0](self.input_layernorm[0](x_TH), layout)
         u = self.post_attention_layernorm[0](h1)
         shortcut, routing = self.mlp(u)
         h2 = h1 + self.mlps[0](u)
-        h3 = h2 + self.self_attn[1](self.input_layernorm[1](h2), layout, rope_TP)
+        h3 = h2 + self.self_attn[1](self.input_layernorm[1](h2), layout)
         return h3 + self.mlps[1](self.post_attention_layernorm[1](h3)) + shortcut, routing

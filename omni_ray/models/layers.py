@@ -1,4 +1,7 @@
-"""Small parts shared by the networks: RMS norm, gated MLP, row padding."""
+"""Small parts shared by the networks: RMS norm, gated MLP, row padding.
+
+The norm and the gate have hand-written backwards: a few passes over memory where autograd takes a dozen.
+"""
 
 # T packed tokens, H model dim, F inner dim of a gated MLP
 
@@ -7,11 +10,51 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ROW_TILE = 16
 """Row counts that are multiples of this give the same bits per row in a matrix product."""
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, gain: float) -> Tensor:  # type: ignore[no-untyped-def, override]
+        x32 = x.float()
+        mean = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.gain = gain
+        gained = weight * gain if gain != 1.0 else weight
+        return (x32 * scale).to(x.dtype).mul_(gained)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad32 = grad.float()
+        product = grad32 * normed
+        weight32 = weight.float() * ctx.gain
+        grad_weight = product.flatten(0, -2).sum(dim=0).mul_(ctx.gain).to(weight.dtype)
+        mean = (product.flatten(0, -2) @ weight32).div_(x.shape[-1]).view(scale.shape)
+        grad_x = torch.mul(grad32, weight32, out=product).sub_(normed.mul_(mean)).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None, None
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> Tensor:
+    """``gain * weight * x / sqrt(mean(x^2) + eps)``; the statistics in fp32.
+
+    Args:
+        x_TH: [..., H].  weight_H: [H].
+        eps: Added to the mean square.
+        gain: Constant factor; MLA's low-rank scale.
+    Returns:
+        Shape and dtype of ``x_TH``.
+    Source: RMSNorm; models.md section 4 for the gain.
+    """
+    out: Tensor = _RmsNorm.apply(x_TH, weight_H, eps, gain)
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -23,25 +66,47 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        """Args: x_TH [..., size], any float dtype.  Returns the same shape and dtype."""
+        """[..., size], any float dtype, to the same shape and dtype."""
         return rms_norm(x_TH, self.weight, self.eps)
 
 
-def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> Tensor:
-    """``gain * weight * x / sqrt(mean(x^2) + eps)``; the statistics in fp32.
+def swiglu_forward(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """``silu(gate) * up`` without a graph, and sigmoid(gate), which spares the backward an exponential."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    return (gate * sigmoid).mul_(up), sigmoid
 
-    Source: LongCat-Flash in transformers (``LongcatFlashRMSNorm``); ``gain`` is MLA's low-rank scale.
-    """
-    x32_TH = x_TH.float()
-    scale_T1 = torch.rsqrt(x32_TH.square().mean(dim=-1, keepdim=True) + eps)
-    normed_TH = (x32_TH * (scale_T1 * gain if gain != 1.0 else scale_T1)).to(x_TH.dtype)
-    return normed_TH * weight_H
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, sigmoid: Tensor) -> Tensor:
+    """Gradient of :func:`swiglu_forward` with respect to ``gate_up``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = torch.empty_like(gate_up)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    activated = gate * sigmoid
+    torch.mul(grad, activated, out=grad_up)
+    # d silu = silu + sigmoid (1 - silu), which is silu moved towards 1 by sigmoid.
+    slope = activated.lerp_(torch.ones((), dtype=grad.dtype, device=grad.device), sigmoid)
+    torch.mul(slope.mul_(up), grad, out=grad_gate)
+    return out
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        out, sigmoid = swiglu_forward(gate_up)
+        ctx.save_for_backward(gate_up, sigmoid)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        return swiglu_backward(grad, *ctx.saved_tensors)
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
     """``silu(gate) * up`` of a joint projection, gate first.  [..., 2F] -> [..., F]."""
-    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
-    return F.silu(gate_TF) * up_TF
+    out: Tensor = _SwiGlu.apply(gate_up_TF2)
+    return out
 
 
 class GatedMLP(nn.Module):
@@ -61,12 +126,13 @@ class GatedMLP(nn.Module):
 def row_padded(function: Callable[[Tensor], Tensor], x_TH: Tensor, tile: int = ROW_TILE) -> Tensor:
     """Apply a row-wise function with the row count rounded up to a multiple of ``tile``.
 
-    The bits of a matrix product depend on its row count; multiples of 16 agree (runtime notes), so a row's result
-    does not feel how many other rows share the call.
+    The bits of a matrix product depend on its row count; multiples of 16 agree (measured, see docs), so a row's
+    result does not feel how many other rows share the call.
 
     Args:
         function: Maps [T, ...] to [T, ...], each row by itself.
         x_TH: Rows first.
+        tile: Rows are rounded up to a multiple of this.
     Returns:
         The first T rows of ``function(x padded with zeros)``.
     """

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
 from omni_ray.models import weights
-from omni_ray.models.attention import packed_layout
 from omni_ray.models.block import ShortcutLayer
 from omni_ray.models.initialise import initialise_language
 from omni_ray.models.layers import RMSNorm
 from omni_ray.models.moe import balance_loss, expert_counts
-from omni_ray.models.rope import rope_tables
+from omni_ray.models.packed_attention import packed_layout
+from omni_ray.models.rope import Turn, rope_tables
 from omni_ray.types.batch import AUDIO_PAD
 
 
@@ -119,13 +119,13 @@ class LanguageModel(nn.Module):
                 f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}, yet there are {embeddings_TD.shape[0]} "
                 "rows; it must be 0 and the running sums of the sequence lengths"
             )
-        layout = packed_layout(cu_seqlens, embeddings_TD.device)
         base = rope_base if rope_base is not None else self.config.rope_theta
-        rope_TP = rope_tables(positions_T, self.config.qk_rope_head_dim, base)
+        turn = Turn(*rope_tables(positions_T, self.config.qk_rope_head_dim, base))
+        layout = packed_layout(cu_seqlens, self.config.num_attention_heads, turn)
         experts = self.config.n_routed_experts + self.config.zero_expert_num
         x_TH, counts, balance = embeddings_TD, [], embeddings_TD.new_zeros((), dtype=torch.float32)
         for layer in self.model.layers:
-            x_TH, routing = layer(x_TH, layout, rope_TP)
+            x_TH, routing = layer(x_TH, layout)
             counts.append(expert_counts(routing.expert_TK, experts))
             if auxiliary:
                 balance = balance + balance_loss(routing, cu_seqlens, self.config, self.balance_groups)

@@ -1,4 +1,4 @@
-"""Mixture of experts with zero-computation experts: router, grouped or dense experts, balance loss."""
+"""Mixture of experts with zero-computation experts: router, experts, balance loss."""
 
 # T packed tokens, H model dim, E experts (FFN first, then zero-computation), N FFN experts, K chosen per token
 # F inner dim of an expert, M chosen (token, FFN expert) pairs, S sequences
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
-from omni_ray.models.layers import swiglu
+from omni_ray.models.grouped_experts import grouped_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +63,6 @@ class Experts(nn.Module):
         """[N, H, F]."""
 
 
-def dense_experts(u_TH: Tensor, gate_TN: Tensor, gate_up_N: Tensor, down_N: Tensor) -> Tensor:
-    """Every FFN expert on every token, weighted by ``gate_TN`` (zero where not chosen): exact, two matrix products.
-
-    Args:
-        u_TH: [T, H].  gate_TN: [T, N].  gate_up_N: [N, 2F, H].  down_N: [N, H, F].
-    Returns:
-        [T, H].
-    """
-    count, two_inner, hidden = gate_up_N.shape
-    inner_TNF = swiglu(F.linear(u_TH, gate_up_N.view(count * two_inner, hidden)).unflatten(-1, (count, two_inner)))
-    weighted = (inner_TNF * gate_TN.to(inner_TNF.dtype).unsqueeze(-1)).flatten(1)
-    return weighted @ down_N.transpose(1, 2).reshape(count * (two_inner // 2), hidden)
-
-
 class MoE(nn.Module):
     """Shortcut branch of a layer: FFN experts plus zero-computation experts that return their input."""
 
@@ -89,11 +75,18 @@ class MoE(nn.Module):
     def forward(self, u_TH: Tensor) -> tuple[Tensor, Routing]:
         """[T, H] -> [T, H] and the routing, for counts and the balance loss."""
         routing = self.router(u_TH)
-        chosen_TE = torch.zeros_like(routing.scores_TE).scatter_(1, routing.expert_TK, 1.0)
-        gate_TE = routing.scores_TE * (chosen_TE * self.router.scaling)
-        out = dense_experts(u_TH, gate_TE[:, : self.num_ffn], self.experts.gate_up_proj, self.experts.down_proj)
-        share_T1 = gate_TE[:, self.num_ffn :].sum(dim=-1, keepdim=True)
-        return out + u_TH * share_T1.to(u_TH.dtype), routing
+        out = grouped_experts(
+            u_TH, routing.weight_TK, routing.expert_TK, self.experts.gate_up_proj, self.experts.down_proj
+        )
+        return combine_zero_experts(out, u_TH, routing.weight_TK, routing.expert_TK, self.num_ffn), routing
+
+
+def combine_zero_experts(
+    out_TH: Tensor, u_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_ffn_experts: int
+) -> Tensor:
+    """Add the share of each token that identity experts carry: E_i(u) = u.  [T, H] -> [T, H]."""
+    share_T = (weight_TK * (expert_TK >= num_ffn_experts)).sum(dim=-1)
+    return torch.addcmul(out_TH, u_TH, share_T.unsqueeze(-1).to(u_TH.dtype))
 
 
 def expert_counts(expert_TK: Tensor, num_experts: int) -> Tensor:

@@ -24,16 +24,25 @@ def rope_tables(positions_T: Tensor, dim: int, base: float) -> tuple[Tensor, Ten
     return angle_TP.cos(), angle_TP.sin()
 
 
-def rotate_pairs(x_TnR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Turn pairs (2i, 2i+1) of the last dim by their angles.
+class Turn:
+    """Cosine and sine of rows to rotate; rotates pairs (2i, 2i+1) of the last dim in place, in fp32."""
 
-    Args:
-        x_TnR: [T, heads, R], any float dtype; turned in fp32.
-        cos_TP: From :func:`rope_tables`.  sin_TP: the same.
-    Returns:
-        Same shape and dtype as ``x_TnR``.
-    """
-    cos_T1P, sin_T1P = cos_TP.unsqueeze(1), sin_TP.unsqueeze(1)
-    even_TnP, odd_TnP = x_TnR[..., 0::2].float(), x_TnR[..., 1::2].float()
-    turned = torch.stack((even_TnP * cos_T1P - odd_TnP * sin_T1P, odd_TnP * cos_T1P + even_TnP * sin_T1P), dim=-1)
-    return turned.flatten(-2).to(x_TnR.dtype)
+    def __init__(self, cos_RP: Tensor, sin_RP: Tensor) -> None:
+        self.cos_RP, self.sin_RP = cos_RP, sin_RP
+        self._phase_RP = torch.complex(cos_RP, sin_RP)
+
+    def select(self, rows: Tensor) -> Turn:
+        """The turn of chosen rows, in their order."""
+        return Turn(self.cos_RP.index_select(0, rows), self.sin_RP.index_select(0, rows))
+
+    def apply_(self, x_RD: Tensor, back: bool = False) -> None:
+        """Rotate [rows, 2P] in place; ``back`` turns the other way (the adjoint)."""
+        if x_RD.dtype == torch.float32 and x_RD.stride(0) % 2 == 0 and x_RD.storage_offset() % 2 == 0:
+            pairs_RP = torch.view_as_complex(x_RD.unflatten(1, (-1, 2)))
+            pairs_RP.mul_(self._phase_RP.conj() if back else self._phase_RP)
+            return
+        sin_RP = -self.sin_RP if back else self.sin_RP
+        even_RP, odd_RP = x_RD[:, 0::2].float(), x_RD[:, 1::2].float()
+        turned_even, turned_odd = even_RP * self.cos_RP - odd_RP * sin_RP, odd_RP * self.cos_RP + even_RP * sin_RP
+        x_RD[:, 0::2] = turned_even
+        x_RD[:, 1::2] = turned_odd

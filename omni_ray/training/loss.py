@@ -58,9 +58,7 @@ def auxiliary(output: Router, weights: LossWeights, counts: Mapping[str, int]) -
     return output.balance_loss * (weights.balance / rows) + output.z_loss * (weights.z / rows)
 
 
-def objective(
-    heads: Heads, hidden_TD: Tensor, batch: OmniBatch, scales: Mapping[str, float]
-) -> tuple[Tensor, Tensor]:
+def objective(heads: Heads, hidden_TD: Tensor, batch: OmniBatch, scales: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """Loss of one micro-batch.
 
     Args:
@@ -102,6 +100,4 @@ _TEXT_TERMS = {
 
 def means(sums: Tensor, counts: Mapping[str, int]) -> dict[str, float]:
     """Mean cross-entropy by term for people to read; terms without rows are left out."""
-    return {
-        term: float(sums[place]) / counts[term] for place, term in enumerate(TERMS) if counts.get(term, 0)
-    }
+    return {term: float(sums[place]) / counts[term] for place, term in enumerate(TERMS) if counts.get(term, 0)}

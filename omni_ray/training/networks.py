@@ -21,7 +21,9 @@ def component_folder(recipe: Recipe, name: str) -> Path:
         ConfigError: the folder does not hold the component.
     """
     if recipe.components == "train":
-        raise ConfigError("components: train must be resolved to a folder first; run `omni-ray quickstart` or train them")
+        raise ConfigError(
+            "components: train must be resolved to a folder first; run `omni-ray quickstart` or train them"
+        )
     if recipe.components == "shipped":
         folder = Path(str(resources.files("omni_ray").joinpath("assets", name)))
     else:

@@ -41,7 +41,9 @@ def resume_point(recipe: Recipe, out: Path, resume: bool) -> ResumePoint:
     if newest is None:
         return ResumePoint(step=0, checkpoint=None)
     if not resume:
-        raise CheckpointError(f"{out} already holds {newest.name}; add --resume to continue it, or choose another --out")
+        raise CheckpointError(
+            f"{out} already holds {newest.name}; add --resume to continue it, or choose another --out"
+        )
     state = store.read_state(newest)
     for what, mine in (("recipe", recipe.numbers_fingerprint()), ("data", data_fingerprint(data_root(recipe)))):
         if state[what] != mine:

@@ -153,7 +153,11 @@ class _Run:
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         figures = {f"loss/{term}": value for term, value in result.losses.items()}
-        figures |= {"norm": result.norm, "rows_per_s": result.rows / seconds, "experts_per_token": result.experts_per_token}
+        figures |= {
+            "norm": result.norm,
+            "rows_per_s": result.rows / seconds,
+            "experts_per_token": result.experts_per_token,
+        }
         self.metrics.write(result.step, figures, stage=result.stage, stepped=result.stepped, seconds=seconds)
         if not result.stepped:
             emit("step_skipped", step=result.step, norm=result.norm)

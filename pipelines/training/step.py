@@ -88,7 +88,9 @@ class StepDriver:
             elif call.kind == Kind.ENCODER_BACKWARD:
                 rest += self._backward(index, gradients.pop(index))
             else:
-                waiting = [ref for sent in (*features.values(), *gradients.values()) for _, _, refs in sent for ref in refs]
+                waiting = [
+                    ref for sent in (*features.values(), *gradients.values()) for _, _, refs in sent for ref in refs
+                ]
                 ray.wait(waiting + rest, num_returns=len(waiting + rest), fetch_local=False) if waiting + rest else None
         return self._close(plan, rest)
 
@@ -137,7 +139,11 @@ class StepDriver:
         return sent
 
     def _language(
-        self, plan: StepPlan, index: int, sent: list[tuple[Modality, int, list[Any]]], payloads: Mapping[PayloadKey, Any]
+        self,
+        plan: StepPlan,
+        index: int,
+        sent: list[tuple[Modality, int, list[Any]]],
+        payloads: Mapping[PayloadKey, Any],
     ) -> list[tuple[Modality, int, list[Any]]]:
         wanted = [m for m in (Modality.VISION, Modality.AUDIO) if self.live[m.value]]
         chunks = self.recipe.schedule.num_chunks

@@ -1,0 +1,45 @@
+"""A checkpoint is whole or it is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from omni_ray.checkpoint import store
+from omni_ray.types.errors import CheckpointError
+
+
+def write(parent: Path, step: int) -> None:
+    with store.writing(parent, step) as folder:
+        store.write_state(folder, {"step": step})
+
+
+def test_newest_and_prune(tmp_path: Path) -> None:
+    for step in (1, 20, 3):
+        write(tmp_path, step)
+    assert store.newest(tmp_path) == tmp_path / "step-0000020"
+    store.prune(tmp_path, 1)
+    assert [folder.name for folder in store.whole(tmp_path)] == ["step-0000020"]
+    assert store.read_state(tmp_path / "step-0000020") == {"step": 20}
+
+
+def test_error_while_writing_leaves_earlier_ones(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .* earlier checkpoints are intact"):
+        with store.writing(tmp_path, 2):
+            raise OSError(28, "No space left on device")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_half_written_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    (tmp_path / "step-0000004" / store.COMPLETE).unlink()
+    assert store.newest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        store.check_whole(tmp_path / "step-0000004")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        store.check_whole(tmp_path / "nothing")
+    (tmp_path / "step-0000004" / store.COMPLETE).write_text("9\n")
+    with pytest.raises(CheckpointError, match="layout '9'"):
+        store.check_whole(tmp_path / "step-0000004")

@@ -1,0 +1,65 @@
+"""Recipes: overrides, and refusals that name the nearest key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from omni_ray.config.load import load_recipe, save_recipe
+from omni_ray.types.errors import ConfigError
+
+REFUSED = {
+    "pools.vision.actor=2": "unknown key 'pools.vision.actor'; the nearest known key is 'actors'",
+    "stagez=1": "unknown key 'stagez'; the nearest known key is 'stages'",
+    "stages.0.lr.peek=1": "unknown key 'stages.0.lr.peek'; the nearest known key is 'peak'",
+    "pools.language.cp=2": "pools.language.actors is 1, yet dp x cp x pp is 1 x 2 x 1; set actors to their product",
+    "placement=colocate": "placement is colocate, which is not built yet in this version; choose separate",
+    "pools.language.backend=deepspeed": "pools.language.backend is deepspeed, which is not built yet",
+    "pools.vision.shard=hsdp": "pools.vision.shard is hsdp, which is not built yet in this version; choose none",
+    "schedule.window=0": "schedule.window is 0; input should be greater than 0",
+    "seed": "--set 'seed' is not of the form a.b=value",
+    "stages.S9.steps=1": "'S9' is neither a name nor a number below",
+    "stages.S0.mixture={nothing: 1}": "stage S0 draws from 'nothing', which data.sources lacks",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_refusals_name_the_thing_and_the_mend(word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("tiny", [word])
+    assert REFUSED[word] in str(caught.value)
+
+
+def test_overrides_reach_their_place() -> None:
+    recipe = load_recipe("tiny", ["pools.vision.actors=2", "stages.S0.steps=10", "stages.0.lr.peak=1e-4", "seed=7"])
+    assert (recipe.pools.vision.actors, recipe.stages[0].steps, recipe.stages[0].lr.peak, recipe.seed) == (
+        2,
+        10,
+        1e-4,
+        7,
+    )
+
+
+def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny")
+    save_recipe(recipe, tmp_path / "r.yaml")
+    assert load_recipe(str(tmp_path / "r.yaml")) == recipe
+
+
+def test_pool_sizes_do_not_change_the_numbers_fingerprint() -> None:
+    base = load_recipe("tiny").numbers_fingerprint()
+    assert load_recipe("tiny", ["pools.vision.actors=3", "schedule.num_chunks=4"]).numbers_fingerprint() == base
+    assert load_recipe("tiny", ["seed=1"]).numbers_fingerprint() != base
+
+
+def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean the preset 'tiny'"):
+        load_recipe("tinny")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1,")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_recipe(str(bad))
+    bad.write_text("- 1")
+    with pytest.raises(ConfigError, match="a mapping of settings is needed"):
+        load_recipe(str(bad))
