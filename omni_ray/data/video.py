@@ -78,6 +78,16 @@ def video_frames(raw: bytes, name: str, config: VisionConfig) -> NDArray[np.uint
     return np.stack(kept + [kept[-1]] * missing)
 
 
+def video_extent(raw: bytes, name: str) -> tuple[int, int, int]:
+    """(frames, height, width) of a clip, from its packets' headers; nothing is decoded.
+
+    Raises:
+        MediaError: as :func:`plan_video`.
+    """
+    stamps_s, height, width = _read_header(raw, name)
+    return len(stamps_s), height, width
+
+
 def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:
     """Frame numbers at the middles of equal segments of the clip.
 
