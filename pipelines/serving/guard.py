@@ -1,0 +1,200 @@
+"""Who may ask: API keys, addresses, ports, and the limits on a request's size.
+
+The rule holds for every scope that an ASGI server knows, so that a WebSocket is checked like a request.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import json
+import socket
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from omni_ray.types.errors import ConfigError, ResourceError
+from pipelines.serving.errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MIN_KEY_CHARACTERS = 16
+OPEN_PATHS = frozenset({"/healthz"})
+_CHALLENGE = {"www-authenticate": 'Bearer realm="omni-ray", Basic realm="omni-ray"'}
+
+
+def read_api_keys(path: Path) -> tuple[bytes, ...]:
+    """Hashes of the keys of a file, one key a line; blank lines and lines that begin with # are left out.
+
+    Raises:
+        ConfigError: the file cannot be read, has no key, or a key is too short to be one.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"API key file {path} cannot be read ({reason}); name a text file with one key a line") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not keys:
+        raise ConfigError(f"API key file {path} holds no key; write one, for instance with: openssl rand -hex 32 > FILE")
+    for number, key in enumerate(keys, start=1):
+        if len(key) < MIN_KEY_CHARACTERS:
+            raise ConfigError(
+                f"key {number} of API key file {path} has {len(key)} characters; use at least {MIN_KEY_CHARACTERS}, "
+                "for instance from: openssl rand -hex 32"
+            )
+    return tuple(_hash(key.encode()) for key in keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool((mapped or address).is_loopback)
+
+
+def check_address(host: str, api_key_file: Path | None) -> None:
+    """Refuse to be reachable by others without a key.
+
+    Raises:
+        ConfigError: names the host and the mend.
+    """
+    if api_key_file is not None:
+        read_api_keys(api_key_file)
+    elif not is_loopback(host):
+        raise ConfigError(
+            f"host {host} is reachable by other machines, so it needs --api-key-file FILE (one key a line, for instance "
+            "from: openssl rand -hex 32 > FILE); without a key only 127.0.0.1 is served"
+        )
+
+
+def check_port(host: str, port: int) -> int:
+    """Make sure that ``port`` is free on ``host``; 0 finds a free one, which is returned.
+
+    Raises:
+        ResourceError: it is taken, or the host or port cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+            probe.listen(1)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ResourceError(
+                f"port {port} on {host} cannot be used ({reason}); stop what listens there, or choose another --port"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+class Guard:
+    """ASGI middleware: address, origin, key and body size, in that order, before anything else sees the request."""
+
+    def __init__(self, app: Asgi, keys: tuple[bytes, ...], max_body_bytes: int) -> None:
+        self.app, self.keys, self.max_body_bytes = app, keys, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it with the reason."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = self.refusal(scope, headers)
+        if refused is not None:
+            await _refuse(scope, send, refused)
+            return
+        if scope["type"] == "http":
+            receive = _Capped(receive, self.max_body_bytes)
+        await self.app(scope, receive, send)
+
+    def refusal(self, scope: Scope, headers: Mapping[str, str]) -> ApiError | None:
+        """Why this request is not let in, or None."""
+        path = scope.get("path", "")
+        if path in OPEN_PATHS:
+            return None
+        host = headers.get("host", "")
+        if not self.keys and not (_is_local(scope.get("client")) and is_loopback(_name(host))):
+            return ApiError(403, "without an API key file this server answers only on its own machine, as localhost")
+        origin = headers.get("origin")
+        if origin is not None and origin.split("://", 1)[-1].lower() != host.lower():
+            return ApiError(403, f"pages from {origin[:80]} may not use this server; open its own page")
+        if self.keys and not self.knows(headers.get("authorization", "")):
+            return ApiError(
+                401,
+                "this server needs an API key; send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers=_CHALLENGE,
+            )
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.max_body_bytes:
+            return too_large(self.max_body_bytes)
+        return None
+
+    def knows(self, authorization: str) -> bool:
+        """Whether a header carries one of the keys; every key is compared, in constant time."""
+        scheme, _, credentials = authorization.partition(" ")
+        given = credentials.strip().encode("utf-8", "replace")
+        if scheme.lower() == "basic":  # what a browser sends for the page; any user name, the key as password
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except (binascii.Error, ValueError):
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        seen = _hash(given)
+        return any([hmac.compare_digest(seen, key) for key in self.keys])
+
+
+class _Capped:
+    """Counts a body as it arrives; a header may lie or be missing."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self.receive, self.most, self.seen = receive, most, 0
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self.receive()
+        self.seen += len(message.get("body", b"") or b"")
+        if self.seen > self.most:
+            raise too_large(self.most)
+        return message
+
+
+def too_large(most: int) -> ApiError:
+    """The 413 of a body above the cap."""
+    return ApiError(413, f"the body is larger than {most / 2**20:g} MiB; send smaller media", code="request_too_large")
+
+
+async def _refuse(scope: Scope, send: Send, error: ApiError) -> None:
+    if scope["type"] == "websocket":  # a close before the accept is answered 403 on the handshake
+        await send({"type": "websocket.close", "code": 1008, "reason": str(error)[:120]})
+        return
+    body = json.dumps(error.body).encode()
+    fields = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    headers = [(name.encode(), value.encode()) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _hash(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _is_local(client: Any) -> bool:
+    return client is None or is_loopback(str(client[0]))
+
+
+def _name(host: str) -> str:
+    """Host header without its port."""
+    return host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
