@@ -12,6 +12,9 @@ from omni_ray.config.model import LanguageConfig
 from omni_ray.models.layers import RMSNorm, rms_norm
 from omni_ray.models.packed_attention import PackedLayout, packed_attention
 
+LATENT_NORM_EPS = 1e-6
+"""The reference implementation leaves the low-rank norms at this default instead of the config's rms_norm_eps."""
+
 
 class LatentAttention(nn.Module):
     """MLA: low-rank queries, one compressed key/value latent per token, rotary key shared by all heads.
@@ -36,9 +39,9 @@ class LatentAttention(nn.Module):
         )
         self.kv_gain = math.sqrt(hidden / self.kv_rank) if config.mla_scale_kv_lora else 1.0
         self.qkv_a_proj = nn.Linear(hidden, self.q_rank + self.kv_rank + self.rope, bias=False)
-        self.q_a_layernorm = RMSNorm(self.q_rank, config.rms_norm_eps)
+        self.q_a_layernorm = RMSNorm(self.q_rank, LATENT_NORM_EPS)
         self.q_b_proj = nn.Linear(self.q_rank, heads * (self.nope + self.rope), bias=False)
-        self.kv_a_layernorm = RMSNorm(self.kv_rank, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.kv_rank, heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(heads * self.value, hidden, bias=False)
 

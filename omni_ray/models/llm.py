@@ -136,12 +136,13 @@ class LanguageModel(nn.Module):
 
     def text_logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden_RH, head)
+        head: nn.Embedding | nn.Linear = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden_RH, head.weight)
 
     def audio_logits(self, hidden_RH: Tensor, codebook: int) -> Tensor:
         """[R, H] -> [R, codec vocabulary] of codebook 0 (semantic) or 1..3 (acoustic, one step later)."""
-        return F.linear(hidden_RH, self.audio_heads[codebook].weight)
+        logits: Tensor = self.audio_heads[codebook](hidden_RH)
+        return logits
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Text logits of plain text sequences.
@@ -172,7 +173,8 @@ class LanguageModel(nn.Module):
         for layer, counts_E in zip(self.model.layers, expert_counts_LE, strict=True):
             assignments = counts_E.sum().clamp_min(1).float()
             step_N = config.target_ffn_experts / (k * ffn) - counts_E[:ffn].float() / assignments
-            layer.mlp.router.e_score_correction_bias[:ffn] += rate * step_N
+            bias_E = layer.get_submodule("mlp.router").get_buffer("e_score_correction_bias")
+            bias_E[:ffn] += rate * step_N
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ SHARD_BYTES = 4 * 2**30
 """Largest file of a sharded checkpoint."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_MTP_PREFIX = "model.mtp."
+_EXPERT_NAME = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,9 +185,15 @@ def _open(path: Path) -> Any:
 
 
 @torch.no_grad()
-def copy_checked(source: SafetensorsFolder, targets: Mapping[str, Tensor], ignored_prefix: str = "\0") -> None:
+def copy_checked(
+    source: SafetensorsFolder, targets: Mapping[str, Tensor], passed_over: Callable[[str], bool] = lambda name: False
+) -> None:
     """Copy every target from the files, one tensor at a time.
 
+    Args:
+        source: Where from.
+        targets: Tensors to fill, by the name in the files.
+        passed_over: Names that may lie in the files and are not for this model.
     Raises:
         CheckpointError: a tensor is missing, foreign, or of another shape.
     """
@@ -197,7 +204,7 @@ def copy_checked(source: SafetensorsFolder, targets: Mapping[str, Tensor], ignor
             f"{source.folder} lacks {_first(missing)} of shape {list(targets[missing[0]].shape)}; "
             "is config.json of another model?"
         )
-    foreign = sorted(n for n in names - set(targets) if not n.startswith(ignored_prefix))
+    foreign = sorted(n for n in names - set(targets) if not passed_over(n))
     if foreign:
         raise CheckpointError(
             f"{source.folder} holds {_first(foreign)} of shape {list(source.shape(foreign[0]))}, which this model "
@@ -232,7 +239,15 @@ def save_language(model: nn.Module, config: LanguageConfig, folder: Path, max_sh
 
 def load_language(model: nn.Module, config: LanguageConfig, folder: Path) -> None:
     """Fill a model of the folder's config from its files."""
-    copy_checked(SafetensorsFolder(folder), published_tensors(model, config), ignored_prefix=_MTP_PREFIX)
+
+    def passed_over(name: str) -> bool:
+        # transformers writes gate and up rows for zero experts too, which nothing reads.
+        expert = _EXPERT_NAME.match(name)
+        beyond = expert is not None and config.n_routed_experts <= int(expert[1]) < experts
+        return beyond or name.startswith("model.mtp.")
+
+    experts = config.n_routed_experts + config.zero_expert_num
+    copy_checked(SafetensorsFolder(folder), published_tensors(model, config), passed_over)
 
 
 def published_config(config: LanguageConfig, dtype: str = "float32") -> dict[str, Any]:
