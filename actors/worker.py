@@ -119,6 +119,11 @@ class EncoderWorker(NetworkWorker):
         """One tile: decoded media in, rows [sum of lengths, D] and rows per item out."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def features(self, media: Sequence[Any]) -> list[Tensor]:
+        """Rows [n, D] of every item, for serving; item by item, so that nobody's rows depend on who else asks."""
+        return [self.encode([item])[0] for item in media]
+
     def forward(self, micro_batch: int, items: Sequence[ItemRoute], media: Mapping[int, Any]) -> list[EmbeddingBatch]:
         """Features of this rank's items of a micro-batch.
 
