@@ -229,3 +229,17 @@ def alternate(
         for name, side in sides.items():
             results[name].append(side())
     return {name: tuple(values) for name, values in results.items()}
+
+
+def report_from_json(document: Mapping[str, Any]) -> BenchReport:
+    """Read a document of the form of the targets back, for instance to print its table."""
+    known = ("name", "value", "unit", "better", "goal", "against", "n", "not_run")
+    figures = tuple(
+        Figure(
+            **{key: record[key] for key in known if key in record},
+            runs=tuple(record.get("runs", ())),
+            extra={key: value for key, value in record.items() if key not in (*known, "runs")},
+        )
+        for record in document["figures"]
+    )
+    return BenchReport(bench=document["bench"], figures=figures, environment=document["environment"])

@@ -1,0 +1,282 @@
+"""The words of the command ``omni-ray``: every command with its options and an example; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PROG = "omni-ray"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keep the example's line, and say defaults, but not where the default is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, [], argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Commands:
+    """Adds commands of one form to a parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser, dest: str) -> None:
+        self._subparsers = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True)
+
+    def add(
+        self, name: str, handler: str, summary: str, example: str, *, json: bool = False, **further: Any
+    ) -> argparse.ArgumentParser:
+        """Add one command.
+
+        Args:
+            handler: ``module:function`` that runs it.  example: A command line that works.
+            json: Offer ``--json``.
+        """
+        parser: argparse.ArgumentParser = self._subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=_Help,
+            **further,
+        )
+        parser.set_defaults(handler=handler)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+        if json:
+            parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+        return parser
+
+    def group(self, name: str, summary: str) -> _Commands:
+        """Add a command that has commands of its own."""
+        parser = self._subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        return _Commands(parser, f"{name}_command")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Train and serve omni-modal models on Ray, each modality in its own pool of actors.",
+        epilog=f"example:\n  {PROG} quickstart",
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {_version()}")
+    commands = _Commands(parser, "command")
+    _add_training(commands)
+    _add_use(commands)
+    _add_data(commands)
+    _add_codec(commands)
+    _add_checkpoint(commands)
+    _add_planning(commands)
+    _add_measuring(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("omni-ray")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="preset name (tiny) or path of a YAML file")
+    parser.add_argument(
+        "--set", metavar="A.B=C", action="append", default=[], help="change one key of the recipe; may be repeated"
+    )
+
+
+def _add_training(commands: _Commands) -> None:
+    quickstart = commands.add(
+        "quickstart",
+        "pipelines.cli_train:quickstart",
+        "build data, train a tiny omni model, evaluate it and let it answer",
+        f"{PROG} quickstart --out runs/quickstart",
+        json=True,
+    )
+    quickstart.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
+    quickstart.add_argument("--recipe", default="tiny", help="preset name or path of a YAML file")
+    quickstart.add_argument("--components", default="shipped", help="shipped, train, or a folder of trained ones")
+    quickstart.add_argument("--seed", type=int, default=0, help="other initial weights and order")
+    train = commands.add(
+        "train",
+        "pipelines.cli_train:train",
+        "train a recipe's curriculum in separate pools",
+        f"{PROG} train tiny --set pools.vision.actors=2 --out runs/two",
+        json=True,
+    )
+    _add_recipe(train)
+    train.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+    train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of --out")
+    submit = commands.add(
+        "submit",
+        "pipelines.cli_train:submit",
+        "send a recipe to a running cluster as a job",
+        f"{PROG} submit tiny --address http://127.0.0.1:8265",
+    )
+    _add_recipe(submit)
+    submit.add_argument("--address", help="the cluster's job endpoint")
+
+
+def _add_use(commands: _Commands) -> None:
+    evaluate = commands.add(
+        "evaluate",
+        "pipelines.cli_use:evaluate",
+        "measure a checkpoint on held-out samples",
+        f"{PROG} evaluate runs/quickstart/checkpoint --limit 100",
+        json=True,
+    )
+    evaluate.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a checkpoint")
+    evaluate.add_argument("--data", type=Path, help="built data (default: the data the checkpoint was trained on)")
+    evaluate.add_argument("--limit", type=_positive, help="samples per task at most")
+    evaluate.add_argument("--seed", type=int, default=0, help="which samples, where --limit leaves some out")
+    chat = commands.add(
+        "chat",
+        "pipelines.cli_use:chat",
+        "ask a checkpoint one question in text, picture, sound or film",
+        f'{PROG} chat runs/quickstart/checkpoint --image digit.png --text "which digit is it" --speak answer.wav',
+        json=True,
+    )
+    chat.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a checkpoint")
+    chat.add_argument("--text", help="the question in words")
+    chat.add_argument("--image", type=Path, help="a picture (png, jpg)")
+    chat.add_argument("--audio", type=Path, help="a sound or spoken question (wav, flac, mp3)")
+    chat.add_argument("--video", type=Path, help="a film (mp4)")
+    chat.add_argument("--speak", metavar="OUT.wav", type=Path, help="answer aloud, too, into this file")
+    chat.add_argument("--max-tokens", type=_positive, default=64, help="length of the answer at most")
+    serve = commands.add(
+        "serve",
+        "pipelines.cli_use:serve",
+        "serve a checkpoint over HTTP with Ray Serve; stays up until stopped",
+        f"{PROG} serve runs/quickstart/checkpoint --port 8000",
+    )
+    serve.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a checkpoint")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to bind; any but this machine's own needs a key file"
+    )
+    serve.add_argument("--port", type=_port, default=8000, help="port to bind")
+    serve.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
+
+
+def _add_data(commands: _Commands) -> None:
+    data = commands.group("data", "build and look at training data")
+    build = data.add(
+        "build",
+        "pipelines.cli_data:build",
+        "build a data set: deterministic, cached, with licences in its manifest",
+        f"{PROG} data build tiny-world --out data/tiny-world",
+        json=True,
+    )
+    build.add_argument("name", metavar="NAME", choices=["tiny-world"], help="tiny-world")
+    build.add_argument("--out", type=Path, help="folder (default: the cache that training uses)")
+    build.add_argument("--seed", type=int, default=0, help="other samples of the same world")
+    build.add_argument("--hold-out", default="yweweler", help="human speaker that training must not hear")
+    build.add_argument("--scale", type=float, default=1.0, help="share of every source, for a quick look")
+    inspect = data.add(
+        "inspect",
+        "pipelines.cli_data:inspect",
+        "count a built data set: samples, splits, licences, hashes",
+        f"{PROG} data inspect data/tiny-world",
+        json=True,
+    )
+    inspect.add_argument("path", metavar="PATH", type=Path, help="folder of a built data set")
+    preview = data.add(
+        "preview",
+        "pipelines.cli_data:preview",
+        "write a page that shows samples of a built data set",
+        f"{PROG} data preview data/tiny-world --out preview.html",
+        json=True,
+    )
+    preview.add_argument("path", metavar="PATH", type=Path, help="folder of a built data set")
+    preview.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write")
+    preview.add_argument("--count", type=_positive, default=8, help="samples of each kind")
+
+
+def _add_codec(commands: _Commands) -> None:
+    codec = commands.group("codec", "turn sound into codec ids and back")
+    for name, summary, example in (
+        ("encode", "encode a sound file into codec ids", "encode speech.wav codes.npz"),
+        ("decode", "decode codec ids into a sound file", "decode codes.npz speech.wav"),
+        ("reconstruct", "encode and decode a sound file, to hear what the codec keeps", "reconstruct in.wav out.wav"),
+    ):
+        parser = codec.add(name, f"pipelines.cli_codec:{name}", summary, f"{PROG} codec {example}", json=True)
+        parser.add_argument("source", metavar="IN", type=Path, help="file to read")
+        parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
+        parser.add_argument("--codec", type=Path, help="folder of a codec (default: the shipped one)")
+
+
+def _add_checkpoint(commands: _Commands) -> None:
+    checkpoint = commands.group("checkpoint", "look at checkpoints, and move them in and out")
+    inspect = checkpoint.add(
+        "inspect",
+        "pipelines.cli_checkpoint:inspect",
+        "say what a checkpoint holds: step, networks, parameters, versions",
+        f"{PROG} checkpoint inspect runs/quickstart/checkpoint",
+        json=True,
+    )
+    inspect.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a checkpoint")
+    for name, summary in (
+        ("import", "make a checkpoint from released weights"),
+        ("export", "write a checkpoint in the released layout"),
+        ("reshard", "rewrite a checkpoint for other pool sizes"),
+    ):
+        parser = checkpoint.add(
+            name, f"pipelines.cli_checkpoint:{name}_", summary, f"{PROG} checkpoint {name} CKPT out", json=True
+        )
+        parser.add_argument("source", metavar="IN", type=Path, help="folder to read")
+        parser.add_argument("target", metavar="OUT", type=Path, help="folder to write")
+
+
+def _add_planning(commands: _Commands) -> None:
+    plan = commands.add(
+        "plan",
+        "pipelines.cli_train:plan",
+        "show the step plans of a recipe: who computes what, before anything runs",
+        f"{PROG} plan tiny --steps 3",
+        json=True,
+    )
+    _add_recipe(plan)
+    plan.add_argument("--steps", type=_positive, default=1, help="steps to plan from the first")
+    simulate = commands.add(
+        "simulate",
+        "pipelines.cli_train:simulate",
+        "predict a recipe's step time and memory at other sizes",
+        f"{PROG} simulate tiny",
+        json=True,
+    )
+    _add_recipe(simulate)
+
+
+def _add_measuring(commands: _Commands) -> None:
+    bench = commands.add(
+        "bench",
+        "pipelines.cli_measure:bench",
+        "run a bench and print its figures against their goals",
+        f"{PROG} bench overlap --json",
+        json=True,
+    )
+    bench.add_argument("name", metavar="NAME", help="name of a bench; `list` says which there are")
+    bench.add_argument("--quick", action="store_true", help="fewer repeats; same load, sizes and figures")
+    bench.add_argument("--seed", type=int, default=0, help="other inputs")
+    doctor = commands.add(
+        "doctor",
+        "pipelines.cli_measure:doctor",
+        "check that this machine has what omni_ray needs",
+        f"{PROG} doctor --deep",
+        json=True,
+    )
+    doctor.add_argument("--deep", action="store_true", help="also import torch and start Ray (half a minute)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; choose 1..65535")
+    return int(text)

@@ -1,0 +1,57 @@
+"""Handlers of ``evaluate``, ``chat`` and ``serve``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from omni_ray.types.errors import RequestError
+from pipelines.cli_outcome import Outcome, existing_file, writable_target
+
+
+def _checkpoint(path: Path) -> Path:
+    """The absolute folder of a whole checkpoint; also a run's folder, whose newest one is meant.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    from omni_ray.checkpoint.store import check_whole
+
+    check_whole(path)
+    return path.resolve()
+
+
+def evaluate(args: Namespace) -> Outcome:
+    """Held-out figures as a table or in the form of the targets."""
+    checkpoint = _checkpoint(args.checkpoint)
+    from pipelines.bench.writer import report_from_json
+    from pipelines.evaluation import evaluate as run_evaluation
+
+    data = args.data.resolve() if args.data else None
+    report = run_evaluation(checkpoint, data=data, limit=args.limit, seed=args.seed)
+    return Outcome(text=report_from_json(report).table(), document=report)
+
+
+def chat(args: Namespace) -> Outcome:
+    """One answer; its words on standard output, its sound in ``--speak``."""
+    if not any((args.text, args.image, args.audio, args.video)):
+        raise RequestError("nothing was asked; give --text, --image, --audio or --video")
+    checkpoint = _checkpoint(args.checkpoint)
+    image, audio = existing_file(args.image, "--image"), existing_file(args.audio, "--audio")
+    video, speak = existing_file(args.video, "--video"), writable_target(args.speak, "--speak")
+    from pipelines.chat import chat as run_chat
+
+    answer = run_chat(
+        checkpoint, text=args.text, image=image, audio=audio, video=video, speak=speak, max_tokens=args.max_tokens
+    )
+    return Outcome(text=answer, document={"text": answer, "speech": str(speak) if speak else None})
+
+
+def serve(args: Namespace) -> Outcome:
+    """Stay up until stopped."""
+    checkpoint = _checkpoint(args.checkpoint)
+    key_file = existing_file(args.api_key_file, "--api-key-file")
+    from pipelines.serving.app import serve as run_server
+
+    run_server(checkpoint, host=args.host, port=args.port, api_key_file=key_file)
+    return Outcome(text="")
