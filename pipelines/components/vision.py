@@ -26,8 +26,9 @@ from omni_ray.config.model import VisionConfig, model_preset
 from omni_ray.data.tiny_world.pictures import Glyphs, GlyphSet, draw_picture, draw_video, load_glyphs
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, all_words, is_held_out
 from omni_ray.models.vision_encoder import VisionEncoder
-from omni_ray.training.contrastive import ContrastiveModel
+from omni_ray.training.contrastive import ContrastiveModel, distillation_loss, distillation_weight
 from omni_ray.training.muon import Muon
+from omni_ray.training.vision_teacher import ConvTeacher, train_teacher
 from pipelines.components.vision_batches import MOVING_BOX, PICTURE_BOX, BatchPainter, PictureBatch, patchify
 
 REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
@@ -56,6 +57,12 @@ class VisionRecipe:
     """Last learning rate as a share of the first."""
     bias: float = -3.0
     """First bias of the sigmoid loss: a tenth of the pairs in a batch are positive here."""
+    teacher_steps: int = 400
+    """Steps of the convolutional teacher; 0 trains without feature distillation."""
+    distil_share: float = 0.45
+    """The distillation weight falls from 1 to 0 over this share of the steps."""
+    distil_scale: float = 10.0
+    """First weight of ``1 - cos``; the sigmoid loss starts near 10."""
     warp: float = 0.7
     """Bend of still pictures in glyph pixels."""
     picture_kinds: tuple[str, ...] = ("digit", "colour", "digit")
@@ -71,6 +78,7 @@ def train_vision(
     seed: int = 0,
     recipe: VisionRecipe | None = None,
     config: VisionConfig | None = None,
+    limit: int | None = None,
     log: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train from nothing, measure on held-out pictures, write ``config.json``, ``model.safetensors`` and ``card.json``.
@@ -79,6 +87,7 @@ def train_vision(
         out: Folder to write.
         real_data: Folder with ``handwritten-digits``; None trains on scikit-learn's digits alone.
         recipe: Fixed numbers of steps, so that equal seeds on equal machines give equal weights.
+        limit: Measure on the first so many held-out digits of each source alone.
     Returns:
         The card.
     Raises:
@@ -88,36 +97,70 @@ def train_vision(
     config = config or model_preset("tiny").vision
     glyphs = load_glyphs(real_data)
     started = time.monotonic()
-    model = ContrastiveModel(VisionEncoder(config, seed=seed), all_words(), bias=recipe.bias, seed=seed + 1)
-    pretrain(model, BatchPainter(glyphs.train, seed, warp=recipe.warp), recipe, log=log)
+    teacher = make_teacher(BatchPainter(glyphs.train, seed + 2, warp=recipe.warp), recipe, seed=seed + 3)
+    model = ContrastiveModel(
+        VisionEncoder(config, seed=seed),
+        all_words(),
+        bias=recipe.bias,
+        teacher_size=teacher.feature_size if teacher else 0,
+        seed=seed + 1,
+    )
+    pretrain(model, BatchPainter(glyphs.train, seed, warp=recipe.warp), recipe, teacher, log=log)
     minutes = (time.monotonic() - started) / 60
-    figures = evaluate_vision(model, glyphs, seed=seed)
+    figures = evaluate_vision(model, glyphs, seed=seed, limit=limit)
     model.encoder.save_pretrained(out, dtype=torch.float16)
     card = make_card(glyphs, recipe, config, seed=seed, minutes=minutes, figures=figures)
-    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    return card
+    text = json.dumps(card, indent=2) + "\n"
+    (out / "card.json").write_text(text)
+    written: dict[str, Any] = json.loads(text)
+    return written
+
+
+def make_teacher(painter: BatchPainter, recipe: VisionRecipe, *, seed: int) -> ConvTeacher | None:
+    """A frozen classifier of digits in inks of every hue; None where the recipe wants no distillation."""
+    if not recipe.teacher_steps:
+        return None
+
+    def draw() -> tuple[Tensor, Tensor]:
+        batch = painter.pictures(recipe.batch, any_ink=True)
+        return batch.frames_BT3SS[:, 0], torch.tensor(batch.digits)
+
+    return train_teacher(ConvTeacher(len(DIGITS), seed=seed), draw, recipe.teacher_steps)
 
 
 def pretrain(
-    model: ContrastiveModel, painter: BatchPainter, recipe: VisionRecipe, log: Callable[[str], None] | None = None
+    model: ContrastiveModel,
+    painter: BatchPainter,
+    recipe: VisionRecipe,
+    teacher: ConvTeacher | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> None:
-    """Stage V1 (still pictures), then V4 (still pictures and single frame pairs in turn)."""
+    """Stage V1 (still pictures, distillation fading), then V4 (still pictures and single frame pairs in turn)."""
     optimizers = make_optimizers(model, recipe)
     model.train()
     motion_from = round(recipe.motion_from * recipe.steps)
     for step in range(recipe.steps):
         batch, captions = draw_step(painter, recipe, step, motion=step >= motion_from)
-        patches, grids = patchify(batch.frames_BT3SS, model.encoder.config)
-        loss = model.loss(model.pooled(patches, grids), captions)
-        scale = learning_rate_share(step, recipe)
-        loss.backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["first_lr"] * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        pooled = model.pooled(*patchify(batch.frames_BT3SS, model.encoder.config))
+        loss = model.loss(pooled, captions)
+        weight = recipe.distil_scale * distillation_weight(step, recipe.steps, recipe.distil_share)
+        total = loss
+        if teacher is not None and model.teacher_head is not None and weight and not batch.directions:
+            features = teacher.features(batch.frames_BT3SS[:, 0])
+            total = loss + weight * distillation_loss(model.teacher_head(pooled), features)
+        total.backward()
+        take_step(optimizers, learning_rate_share(step, recipe))
         if log is not None and (step % 100 == 99 or step + 1 == recipe.steps):
-            log(f"step {step + 1}/{recipe.steps} loss {loss.item():.3f}")
+            log(f"step {step + 1}/{recipe.steps} contrastive loss {loss.item():.3f}")
+
+
+def take_step(optimizers: Sequence[torch.optim.Optimizer], share: float) -> None:
+    """Step with every learning rate at ``share`` of its first value, and clear the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["first_lr"] * share
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def draw_step(
@@ -288,18 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.components.vision", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimiser steps (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("warp", float), ("motion-from", float), ("muon-lr", float), ("adam-lr", float)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(VisionRecipe(), name.replace("-", "_")))
+    parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    recipe = VisionRecipe(
-        steps=options.steps,
-        warp=options.warp,
-        motion_from=options.motion_from,
-        muon_lr=options.muon_lr,
-        adam_lr=options.adam_lr,
-    )
+    recipe = VisionRecipe(steps=options.steps)
     folder = os.environ.get(REAL_DATA_VARIABLE)
     card = train_vision(
         options.out,

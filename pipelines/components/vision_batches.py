@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
+from omni_ray.data.image import MEAN, STD
 from omni_ray.data.tiny_world.pictures import GlyphSet
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, is_held_out, pairs
 from omni_ray.models.projector import Grid
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 SIDE = 56
 GLYPH_SIDE = 28
 PICTURE_BOX = (0.75, 0.98)
@@ -179,7 +178,7 @@ def _bends(rng: np.random.Generator, count: int) -> Tensor:
 
 
 def patchify(frames_BTSS: Tensor, config: VisionConfig) -> tuple[Tensor, list[Grid]]:
-    """Normalised rows of equal pictures for the encoder.
+    """Normalised rows of equal pictures for the encoder: ``data.image.patchify`` for a whole batch.
 
     Args:
         frames_BTSS: [B, T, 3, S, S] pixels 0..255; one frame is repeated to a pair.
@@ -188,7 +187,7 @@ def patchify(frames_BTSS: Tensor, config: VisionConfig) -> tuple[Tensor, list[Gr
     """
     count, frames, _, height, width = frames_BTSS.shape
     patch, pair = config.patch_size, config.temporal_patch_size
-    mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    mean, std = (torch.from_numpy(x).view(3, 1, 1) * 255 for x in (MEAN, STD))
     pixels = (frames_BTSS - mean) / std
     if frames == 1:
         pixels = pixels.expand(-1, pair, -1, -1, -1)
