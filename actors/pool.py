@@ -17,10 +17,6 @@ from omni_ray.config.recipe import Recipe
 from omni_ray.types.batch import EmbeddingBatch
 from omni_ray.types.modality import Modality
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}
-"""Threads are set so that actors do not fight over cores, and so that sums have one order."""
-
-
 def make_worker(recipe: Recipe, rank: Rank) -> Any:
     """The plain worker of a pool (not built yet)."""
     if rank.pool == "language":
@@ -143,6 +139,6 @@ def start_pools(recipe: Recipe, names: Sequence[str], resume_from: Path | None =
 def _start(recipe: Recipe, name: str) -> Pool:
     config = pool_config(recipe, name)
     remote = ray.remote(PoolActor)
-    options = actor_options(config.resources) | {"runtime_env": {"env_vars": ENVIRONMENT}}
+    options = actor_options(config.resources)  # threads are set by build(); an own runtime_env would cost a process start
     ranks = [Rank(pool=name, rank=rank, ranks=config.actors) for rank in range(config.actors)]
     return Pool(name=name, actors=tuple(remote.options(**options).remote(recipe, rank) for rank in ranks))

@@ -16,7 +16,7 @@ import ray
 
 from actors.cluster import local_or_joined
 from actors.feeder import Feeder
-from actors.pool import ENVIRONMENT, Pool, start_pools
+from actors.pool import Pool, start_pools
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.config.recipe import Recipe
@@ -84,8 +84,7 @@ class _Run:
         self.recipe, self.out, self.first = recipe, out, first
         emit("train_start", out=str(out), first_step=first, steps=recipe.total_steps)
         self.pools: dict[str, Pool] = {}
-        options = {"num_cpus": 0.1, "runtime_env": {"env_vars": ENVIRONMENT}}
-        self.feeder: Any = ray.remote(Feeder).options(**options).remote(recipe, root, first)
+        self.feeder: Any = ray.remote(Feeder).options(num_cpus=0.1).remote(recipe, root, first)
         self.next_plan = self.feeder.plan.remote(first)  # data starts while the pools import torch
         self.pools = start_pools(recipe, POOL_NAMES, checkpoint)
         self.driver = StepDriver(recipe, self.pools, self.feeder)

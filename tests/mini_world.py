@@ -1,0 +1,110 @@
+"""A handful of made-up samples of every modality and untrained components: enough to train on for a dozen steps."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from omni_ray.config.load import check_recipe
+from omni_ray.config.model import model_preset
+from omni_ray.config.recipe import Recipe
+from omni_ray.data.audio import encode_flac
+from omni_ray.data.image import encode_png
+from omni_ray.data.tokenizer import Tokenizer
+from omni_ray.models.audio_encoder import AudioEncoder
+from omni_ray.models.codec import Codec
+from omni_ray.models.vision_encoder import VisionEncoder
+
+STAGES: list[dict[str, Any]] = [
+    {"name": "S0", "steps": 2, "mixture": {"text": 8}, "trainable": ["language"]},
+    {"name": "S1", "steps": 2, "mixture": {"text": 4, "speech": 3}, "trainable": ["language", "audio_heads"]},
+    {
+        "name": "S2",
+        "steps": 4,
+        "mixture": {"text": 3, "picture": 6, "speech": 2, "audio": 3},
+        "trainable": ["language", "audio_heads", "vision", "vision_projector", "audio_projector"],
+        "micro_batches": 3,
+    },
+    {
+        "name": "S5",
+        "steps": 2,
+        "mixture": {"audio": 6},
+        "trainable": ["audio", "audio_projector"],
+        "micro_batches": 3,
+    },
+]
+
+
+def write_world(root: Path) -> None:
+    """Text, picture, audio and speech samples as shards under ``root``."""
+    rng = np.random.default_rng(0)
+    words = "USER:what digit is it\nASSISTANT: red seven. VOICE ASSISTANT:say blue two"
+    Tokenizer.learn([words] * 3).save(root / "tokenizer.json")
+
+    def wave() -> bytes:
+        samples = int(rng.integers(8000, 20000))
+        return encode_flac((rng.standard_normal(samples) * 0.1).astype(np.float32), 16000)
+
+    def picture() -> bytes:
+        return encode_png(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8))
+
+    answer = {"role": "assistant", "content": [_text(" red seven")]}
+    spoken = {"role": "voice", "content": [{"type": "speech", "media": "0.flac", "text": " blue two"}]}
+    texts = ["what digit " + "is it " * int(rng.integers(1, 6)) for _ in range(60)]
+    _write(root / "text", [("text_question", [_user(_text(t)), answer], {}) for t in texts])
+    question = _text("what digit is it")
+    seen = [_user({"type": "image", "media": "0.png"}, question), answer]
+    heard = [_user({"type": "audio", "media": "0.flac"}, question), answer]
+    _write(root / "picture", [("image_question", seen, {"0.png": picture()}) for _ in range(40)])
+    _write(root / "audio", [("audio_question", heard, {"0.flac": wave()}) for _ in range(40)])
+    said = [_user(_text("say blue two")), spoken]
+    _write(root / "speech", [("say", said, {"0.flac": wave()}) for _ in range(20)])
+    (root / "manifest.json").write_text("{}")
+
+
+def write_components(folder: Path) -> None:
+    """Untrained vision, audio and codec networks, the same at every call."""
+    model = model_preset("tiny")
+    torch.manual_seed(0)
+    VisionEncoder(model.vision).save_pretrained(folder / "vision")
+    AudioEncoder(model.audio).save_pretrained(folder / "audio")
+    Codec(model.codec).save_pretrained(folder / "codec")
+
+
+def mini_recipe(base: Path, **changes: Any) -> Recipe:
+    """A ten-step recipe over the four pools; ``changes`` replace whole sections."""
+    sources = {name: {"path": "{data}/" + name} for name in ("text", "picture", "audio", "speech")}
+    raw: dict[str, Any] = {
+        "size": "tiny",
+        "components": str(base / "components"),
+        "stages": STAGES,
+        "checkpoint": {"every_steps": 100},
+        "data": {"root": str(base / "world"), "tile_items": 2, "sources": sources},
+    }
+    return check_recipe(raw | changes)
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _user(*parts: Mapping[str, str]) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def _write(folder: Path, samples: list[tuple[str, list[Any], dict[str, bytes]]]) -> None:
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "train-00000.tar", "w") as tar:
+        for number, (kind, messages, media) in enumerate(samples):
+            record = json.dumps({"kind": kind, "messages": messages}).encode()
+            for name, raw in {"json": record, **media}.items():
+                member = tarfile.TarInfo(f"{folder.name}-{number:04d}.{name}")
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))

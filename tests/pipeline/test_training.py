@@ -1,0 +1,150 @@
+"""Pools against the single-process reference, bit for bit; stop signals, resume and refusals, on a real local cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mini_world import STAGES, mini_recipe, write_components, write_world
+from safetensors.torch import load_file
+from torch import Tensor
+
+from omni_ray.checkpoint import store
+from omni_ray.config.load import save_recipe
+from omni_ray.training.prepare import StepBuilder
+from omni_ray.training.reference import Reference
+from omni_ray.types.batch import StepPlan
+from omni_ray.types.errors import CheckpointError, ResourceError
+from pipelines.training.loop import train
+
+NETWORKS = ("language", "vision", "audio")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mini")
+    (folder / "world").mkdir()
+    write_world(folder / "world")
+    write_components(folder / "components")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(base: Path) -> dict[str, Tensor]:
+    """Final weights of the single-process run, by network and published name."""
+    recipe = mini_recipe(base)
+    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
+    for step in range(recipe.total_steps):
+        assert torch.isfinite(torch.tensor(oracle.step(builder.build(step)).norm))
+    for name in NETWORKS:
+        oracle.networks[name].save_pretrained(base / "reference" / "model" / name)
+    return weights(base / "reference")
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in NETWORKS:
+        for path in sorted((checkpoint / "model" / name).glob("*.safetensors")):
+            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
+    return found
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "one-each-barrier": {"schedule": {"kind": "barrier"}},
+    "two-each-pipelined-3-chunks": {
+        "pools": {name: {"actors": 2} for name in ("vision", "audio", "language")},
+        "schedule": {"kind": "pipelined", "window": 2, "num_chunks": 3},
+    },
+}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pools_equal_the_reference_bit_for_bit(
+    base: Path, reference: dict[str, Tensor], ray_cluster: None, shape: str, tmp_path: Path
+) -> None:
+    result = train(mini_recipe(base, **SHAPES[shape]), tmp_path, quiet=True)
+    assert result.finished
+    assert result.checkpoint is not None
+    assert differing(weights(result.checkpoint), reference) == []
+    plans = [StepPlan.from_json(line) for line in (tmp_path / "plans.jsonl").read_text().splitlines()]
+    assert [plan.step for plan in plans] == list(range(10))
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    assert metrics.count('"loss/vision"') == 4, "losses are reported per modality, in the stage that has it"
+
+
+def test_another_seed_gives_other_weights(base: Path, reference: dict[str, Tensor]) -> None:
+    """The comparison above can fail: one changed number is seen."""
+    recipe = mini_recipe(base, seed=1, stages=STAGES[:1])
+    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
+    oracle.step(builder.build(0))
+    oracle.networks["language"].save_pretrained(base / "other" / "model" / "language")
+    other = weights(base / "other")
+    assert len(differing(other, {name: reference[name] for name in other})) > len(other) // 2
+
+
+@pytest.mark.ray
+def test_stop_signal_then_resume_ends_with_the_same_bits(
+    base: Path, reference: dict[str, Tensor], ray_cluster: None, tmp_path: Path
+) -> None:
+    recipe, out = mini_recipe(base), tmp_path / "run"
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(tmp_path / "recipe.yaml"), "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = out / "metrics.jsonl"
+    for _ in range(1200):
+        if child.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+            break
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == 0, output
+    stopped = store.newest(out / "checkpoints")
+    assert stopped is not None, output
+    assert 0 < store.read_state(stopped)["step"] < recipe.total_steps, "stopped in the middle"
+    with pytest.raises(CheckpointError, match="add --resume to continue it"):
+        train(recipe, out, quiet=True)
+    with pytest.raises(CheckpointError, match="was made by another recipe"):
+        train(mini_recipe(base, seed=5), out, resume=True, quiet=True)
+    result = train(recipe, out, resume=True, quiet=True)
+    assert result.finished
+    assert result.checkpoint is not None
+    assert differing(weights(result.checkpoint), reference) == []
+    steps = [line.split('"step": ')[1].split(",")[0] for line in metrics.read_text().splitlines()]
+    assert steps == [str(step) for step in range(10)], "every step appears once"
+    assert train(recipe, out, resume=True, quiet=True).seconds < result.seconds, "a finished run has nothing to do"
+
+
+@pytest.mark.ray
+def test_pools_that_do_not_fit_are_refused(base: Path, ray_cluster: None, tmp_path: Path) -> None:
+    recipe = mini_recipe(base, pools={"vision": {"resources": {"custom": {"vision_gpu": 2}}}})
+    with pytest.raises(ResourceError, match="the pools ask for 2 vision_gpu, yet the cluster has 0"):
+        train(recipe, tmp_path, quiet=True)
+
+
+def test_second_driver_of_a_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    from pipelines.training.checkpoint import lock_run
+
+    with lock_run(tmp_path), pytest.raises(CheckpointError, match="another run writes"):
+        train(mini_recipe(base), tmp_path, quiet=True)
+
+
+def test_too_long_sample_is_refused_by_name(base: Path) -> None:
+    from omni_ray.types.errors import DataError
+
+    recipe = mini_recipe(base, stages=[STAGES[0] | {"seq_len": 3}])
+    with pytest.raises(DataError, match=r"text:\d+ is \d+ rows long, stage S0 takes 3; raise its seq_len"):
+        StepBuilder(recipe, base / "world").build(0)
