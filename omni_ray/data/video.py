@@ -132,7 +132,11 @@ def encode_mp4(
         video: Any = container.add_stream("libx264", rate=fps, options=options)
         video.height, video.width = frames_FHW3.shape[1:3]
         video.pix_fmt = "yuv420p"
-        audio: Any = None if sound is None else container.add_stream("aac", rate=sample_rate_hz, layout="mono")
+        audio: Any = (
+            None
+            if sound is None
+            else container.add_stream("aac", rate=sample_rate_hz, layout="mono", options={"aac_coder": "fast"})
+        )
         for pixels in frames_FHW3:
             container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(video.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, all_words
@@ -34,6 +35,7 @@ def answer(question: str, colour: str, digit: int, direction: str = "") -> str:
     return words[question]
 
 
+@functools.cache
 def knowledge() -> tuple[tuple[str, str], ...]:
     """Questions about the world's words themselves, with answers, in a fixed order."""
     after = [(f"which number comes after {DIGITS[i]}", DIGITS[i + 1]) for i in range(MOST_FOLLOWED)]
@@ -41,6 +43,7 @@ def knowledge() -> tuple[tuple[str, str], ...]:
     return (*after, *before, *((f"what is the opposite of {a}", b) for a, b in OPPOSITES.items()))
 
 
+@functools.cache
 def glosses() -> tuple[str, ...]:
     """What the nouns mean, as running text."""
     kinds = [f"{word} is a colour" for word in COLOURS] + [f"{word} is a digit" for word in DIGITS]

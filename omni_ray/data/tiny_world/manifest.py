@@ -36,7 +36,7 @@ class Manifest:
     """A built world; written last, so a folder without it is not whole."""
 
     inputs: Mapping[str, Any]
-    """All that decides the bytes: version, seed, hold_out, scale, packages, sha256 of the real files."""
+    """All that decides the bytes: version, seed, hold_out, scale, sizes, packages, sha256 of the real files."""
     sources: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """source -> split -> {samples, bytes, shards: [path, sha256, bytes, samples]}."""
     tokenizer: Mapping[str, Any]

@@ -150,7 +150,7 @@ def _shape_matrix(rng: np.random.Generator, augment: bool) -> NDArray[np.float64
 
 def _place(
     glyph: NDArray[np.uint8], matrix: NDArray[np.float64], size: float, centre: NDArray[np.float64], hw: tuple[int, int]
-) -> NDArray[np.float64]:
+) -> NDArray[np.float32]:
     """Ink of the glyph on an empty canvas [h, w] in 0..1: ``matrix`` about its middle, ``size`` pixels, at (x, y)."""
     # PIL maps output to input: glyph point = inverse(matrix * size / 28) (picture point - centre) + glyph middle.
     inverse = np.linalg.inv(matrix * (size / GLYPH_SIDE))
@@ -159,7 +159,7 @@ def _place(
     image = Image.fromarray(glyph).transform(
         (hw[1], hw[0]), Image.Transform.AFFINE, tuple(float(c) for c in coefficients), Image.Resampling.BILINEAR
     )
-    return np.asarray(image, dtype=np.float64) / 255.0
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
 def _paints(rng: np.random.Generator, colour: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -169,9 +169,10 @@ def _paints(rng: np.random.Generator, colour: str) -> tuple[NDArray[np.float64],
     return ground, ink
 
 
-def _paint(ink_HW: NDArray[np.float64], ground_3: NDArray[np.float64], ink_3: NDArray[np.float64]) -> NDArray[np.uint8]:
-    share_HW1 = np.minimum(1.0, ink_HW * 1.25)[..., None]
-    return np.clip(ground_3 + share_HW1 * (ink_3 - ground_3), 0, 255).round().astype(np.uint8)
+def _paint(ink_HW: NDArray[np.float32], ground_3: NDArray[np.float64], ink_3: NDArray[np.float64]) -> NDArray[np.uint8]:
+    share_HW1 = np.minimum(np.float32(1.0), ink_HW * np.float32(1.25))[..., None]
+    painted = ground_3.astype(np.float32) + share_HW1 * (ink_3 - ground_3).astype(np.float32)
+    return np.clip(painted + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
 def _load_sklearn() -> GlyphSet:

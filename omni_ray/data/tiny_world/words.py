@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -42,6 +43,7 @@ def is_held_out(colour: str, digit: int | str, direction: str | None = None) -> 
     return (digit_index + 2 * colour_index) % _HELD_OUT_EVERY == 0
 
 
+@functools.cache
 def pairs(held_out: bool) -> tuple[tuple[str, int], ...]:
     """Colour-digit pairs of one split in a fixed order: 48 for training, 12 held out."""
     return tuple((c, d) for c in COLOURS for d in range(len(DIGITS)) if is_held_out(c, d) == held_out)

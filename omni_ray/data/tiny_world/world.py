@@ -95,7 +95,7 @@ class Album:
     def colour(self, digit: int) -> str:
         """A colour for a digit: in training only of training pairs, else any."""
         allowed = [c for c in COLOURS if self._world.held_out or not is_held_out(c, digit)]
-        return str(self._rng.choice(allowed))
+        return allowed[int(self._rng.integers(len(allowed)))]
 
     def picture(self, pair: tuple[str, int] | None = None) -> Seen:
         """The next picture, of any pair of the split or of one."""
