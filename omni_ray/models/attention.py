@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
@@ -14,6 +16,9 @@ from omni_ray.models.packed_attention import PackedLayout, packed_attention
 
 LATENT_NORM_EPS = 1e-6
 """The reference implementation leaves the low-rank norms at this default instead of the config's rms_norm_eps."""
+
+Attend = Callable[[int, "LatentAttention", Tensor], Tensor]
+"""(cache slot, module, normed [T, H]) -> [T, H]: packed training, prefill and decoding differ in nothing else."""
 
 
 class LatentAttention(nn.Module):
@@ -57,8 +62,26 @@ class LatentAttention(nn.Module):
         return self.q_b_proj(q_norm).unflatten(-1, (self.heads, self.nope + self.rope)), latent, k_rope
 
     def forward(self, x_TH: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, H] -> [T, H]."""
-        q, latent, k_rope = self.project(x_TH)
-        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, self.nope + self.value))
-        out: Tensor = self.o_proj(packed_attention(q, kv, k_rope, self.nope, layout).flatten(1))
+        """Whole sequences, packed: [T, H] -> [T, H]."""
+        return self.attend_packed(*self.project(x_TH), layout)
+
+    def attend_packed(self, q_Thd: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, layout: PackedLayout) -> Tensor:
+        """The rest of :meth:`forward` after :meth:`project`: [T, H]."""
+        kv = self.kv_b_proj(latent_TC).unflatten(-1, (self.heads, self.nope + self.value))
+        out: Tensor = self.o_proj(packed_attention(q_Thd, kv, k_rope_TR, self.nope, layout).flatten(1))
+        return out
+
+    def absorb_query(self, q_nope_Bhn: Tensor) -> Tensor:
+        """Queries in latent space, so that a cached latent serves as the key of every head: [B, h, n] -> [B, h, C].
+
+        q_n . (W_k c) = (W_k^T q_n) . c, per head.
+        """
+        up_hnC = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, -1)[:, : self.nope]
+        return torch.bmm(q_nope_Bhn.transpose(0, 1), up_hnC).transpose(0, 1)
+
+    def absorb_value(self, mixed_BhC: Tensor) -> Tensor:
+        """Output of attention-weighted latents: [B, h, C] -> [B, H]; W_v is applied after the mixing."""
+        up_heC = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, -1)[:, self.nope :]
+        value_hBe = torch.bmm(mixed_BhC.transpose(0, 1), up_heC.transpose(1, 2))
+        out: Tensor = self.o_proj(value_hBe.transpose(0, 1).flatten(1))
         return out

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
 from omni_ray.models import weights
+from omni_ray.models.attention import Attend
 from omni_ray.models.block import ShortcutLayer
+from omni_ray.models.grouped_experts import ExpertKernel, grouped_experts
 from omni_ray.models.initialise import initialise_language
 from omni_ray.models.layers import RMSNorm
-from omni_ray.models.moe import balance_loss, expert_counts
+from omni_ray.models.moe import Routing, balance_loss, expert_counts
 from omni_ray.models.packed_attention import packed_layout
 from omni_ray.models.rope import Turn, rope_tables
 from omni_ray.types.batch import AUDIO_PAD
@@ -58,6 +60,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.balance_groups = config.n_routed_experts
+        self.rope_base = config.rope_theta
         self.model = Backbone(config)
         self.lm_head = None if config.tie_word_embeddings else _linear(config.hidden_size, config.vocab_size)
         tables = range(config.num_codebooks)
@@ -109,7 +112,7 @@ class LanguageModel(nn.Module):
             embeddings_TD: [T, H], from :meth:`embed_rows`, media rows already overwritten by features.
             cu_seqlens: 0 and the running sums of the sequence lengths, ending in T.
             positions_T: [T] integers, restarting in every sequence.
-            rope_base: theta of this stage; None takes the config's.
+            rope_base: theta of this stage; None keeps the last one, at first the config's.
             auxiliary: Compute balance_loss and z_loss; False leaves them zero.
         Raises:
             ValueError: cu_seqlens does not cover the rows.
@@ -119,20 +122,40 @@ class LanguageModel(nn.Module):
                 f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}, yet there are {embeddings_TD.shape[0]} "
                 "rows; it must be 0 and the running sums of the sequence lengths"
             )
-        base = rope_base if rope_base is not None else self.config.rope_theta
-        turn = Turn(*rope_tables(positions_T, self.config.qk_rope_head_dim, base))
+        if rope_base is not None:
+            # Kept, so that save_pretrained names the base of the last stage and decoding uses it.
+            self.rope_base = rope_base
+        turn = Turn(*rope_tables(positions_T, self.config.qk_rope_head_dim, self.rope_base))
         layout = packed_layout(cu_seqlens, self.config.num_attention_heads, turn)
+        x_TH, routings = self.run_layers(embeddings_TD, lambda _, attention, x: attention(x, layout))
+        balance = z_loss = x_TH.new_zeros((), dtype=torch.float32)
+        if auxiliary:
+            balance = torch.stack(
+                [balance_loss(routing, cu_seqlens, self.config, self.balance_groups) for routing in routings]
+            ).sum()
+            z_loss = x_TH.float().abs().logsumexp(dim=-1).square().sum()
         experts = self.config.n_routed_experts + self.config.zero_expert_num
-        x_TH, counts, balance = embeddings_TD, [], embeddings_TD.new_zeros((), dtype=torch.float32)
-        for layer in self.model.layers:
-            x_TH, routing = layer(x_TH, layout)
-            counts.append(expert_counts(routing.expert_TK, experts))
-            if auxiliary:
-                balance = balance + balance_loss(routing, cu_seqlens, self.config, self.balance_groups)
-        z_loss = x_TH.float().abs().logsumexp(dim=-1).square().sum() if auxiliary else balance
         return LanguageOutput(
-            hidden_TD=self.model.norm(x_TH), expert_counts_LE=torch.stack(counts), balance_loss=balance, z_loss=z_loss
+            hidden_TD=self.model.norm(x_TH),
+            expert_counts_LE=torch.stack([expert_counts(routing.expert_TK, experts) for routing in routings]),
+            balance_loss=balance,
+            z_loss=z_loss,
         )
+
+    def run_layers(
+        self, x_TH: Tensor, attend: Attend, experts: ExpertKernel = grouped_experts
+    ) -> tuple[Tensor, list[Routing]]:
+        """All layers, before the final norm: the one forward that training, prefill and decoding share.
+
+        Args:
+            x_TH: [T, H] input rows.
+            attend: How rows see each other.  experts: How FFN experts are computed.
+        """
+        routings = []
+        for index, layer in enumerate(self.model.layers):
+            x_TH, routing = layer(x_TH, attend, 2 * index, experts)
+            routings.append(routing)
+        return x_TH, routings
 
     def text_logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
@@ -189,7 +212,8 @@ class LanguageModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = weights.SHARD_BYTES) -> None:
         """Write ``config.json`` and safetensors in the released layout, with an index when sharded."""
-        weights.save_language(self, self.config, Path(folder), max_shard_bytes)
+        config = self.config.model_copy(update={"rope_theta": float(self.rope_base)})
+        weights.save_language(self, config, Path(folder), max_shard_bytes)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

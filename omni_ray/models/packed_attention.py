@@ -75,9 +75,6 @@ def packed_layout(cu_seqlens: Sequence[int], heads: int, turn: Turn) -> PackedLa
     for start, end in itertools.pairwise(cu_seqlens):
         if end > start:
             by_length.setdefault(end - start + (start - end) % LENGTH_TILE, []).append((start, end - start))
-    if len({length for members in by_length.values() for _, length in members}) == 1:
-        (members,) = by_length.values()
-        by_length = {members[0][1]: members}
     total, device = cu_seqlens[-1], turn.cos_RP.device
     restore_T, restore_Th = torch.empty(total, dtype=torch.int64), torch.empty(total, heads, dtype=torch.int64)
     head_h = torch.arange(heads)

@@ -124,3 +124,14 @@ def test_save_and_load_keep_every_bit(model: LanguageModel, tmp_path: Path, shar
     assert loaded.config == model.config
     for (name, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_last_rope_base_is_saved_and_used(config: LanguageConfig, tmp_path: Path) -> None:
+    model = LanguageModel(config)
+    rows_TD, positions = model.embed_rows(rows(torch.arange(20, 50))), torch.arange(30)
+    changed = model(rows_TD, [0, 30], positions, rope_base=50.0).hidden_TD
+    model.save_pretrained(tmp_path)
+    loaded = LanguageModel.from_pretrained(tmp_path)
+    assert loaded.config.rope_theta == 50.0
+    assert torch.equal(loaded(rows_TD, [0, 30], positions).hidden_TD, changed)
+    assert not torch.allclose(LanguageModel(config)(rows_TD, [0, 30], positions).hidden_TD, changed, atol=1e-3)

@@ -35,7 +35,7 @@ def random_config(seed: int) -> LanguageConfig:
         v_head_dim=draw.choice([9, 16, 24]),
         n_routed_experts=experts,
         zero_expert_num=zero,
-        moe_topk=draw.randint(1, min(5, experts + zero)),
+        moe_topk=draw.randint(2, min(5, experts + zero)),
         target_ffn_experts=1.0,
         expert_ffn_hidden_size=draw.choice([16, 40]),
         routed_scaling_factor=draw.choice([1.0, 2.5]),
