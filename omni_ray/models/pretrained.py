@@ -42,6 +42,8 @@ def save_module(module: nn.Module, config: BaseModel, folder: Path, *, model_typ
     folder.mkdir(parents=True, exist_ok=True)
     side = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     save_file(tensors, side, metadata={"format": "pt"})
+    # safetensors opens its file for the owner alone; a shipped model is read by everyone.
+    side.chmod(0o644)
     side.replace(folder / WEIGHTS_FILE)
     described = {"model_type": model_type, **config.model_dump(mode="json")}
     side = folder / f".{CONFIG_FILE}.{os.getpid()}"

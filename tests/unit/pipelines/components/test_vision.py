@@ -1,0 +1,144 @@
+"""Pretraining of the tiny vision encoder, and the weights that are shipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import omni_ray
+from omni_ray.config.model import model_preset
+from omni_ray.data.tiny_world.pictures import MNIST_TRAIN, SKLEARN_HELD_OUT, load_glyphs
+from omni_ray.data.tiny_world.words import all_words
+from omni_ray.models.vision_encoder import VisionEncoder
+from omni_ray.training.contrastive import ContrastiveModel
+from pipelines.components.vision import (
+    REAL_DATA_VARIABLE,
+    VisionRecipe,
+    draw_step,
+    evaluate_vision,
+    id_ranges,
+    learning_rate_share,
+    make_optimizers,
+    train_vision,
+)
+from pipelines.components.vision_batches import BatchPainter
+
+SHIPPED = Path(omni_ray.__path__[0]) / "assets" / "vision"
+
+
+def expanded(ranges: list[str]) -> set[str]:
+    """Every id of ``source-0000..source-0009`` ranges."""
+    ids = set()
+    for text in ranges:
+        first, last = (re.fullmatch(r"(\w+)-(\d+)", end) for end in text.split(".."))
+        assert first
+        assert last
+        assert first[1] == last[1]
+        ids |= {f"{first[1]}-{number:04d}" for number in range(int(first[2]), int(last[2]) + 1)}
+    return ids
+
+
+def test_stages_bring_pictures_then_pictures_and_pairs() -> None:
+    painter = BatchPainter(load_glyphs(None).train, seed=0)
+    recipe = VisionRecipe(batch=4)
+    first = [draw_step(painter, recipe, step, motion=False) for step in range(6)]
+    assert all(batch.directions == () for batch, _ in first)
+    second = [draw_step(painter, recipe, step, motion=True) for step in range(6)]
+    assert [bool(batch.directions) for batch, _ in second] == [False, True] * 3
+    assert [caption in all_words() for _, captions in second for caption in captions].count(False) == 0
+    kinds = [frozenset(captions) <= {"left", "right", "up", "down"} for _, captions in second]
+    assert any(kinds[1::2])
+    assert not any(kinds[0::2])
+
+
+def test_every_parameter_but_the_projector_has_one_optimiser() -> None:
+    model = ContrastiveModel(VisionEncoder(model_preset("tiny").vision), all_words())
+    owned = [p for o in make_optimizers(model, VisionRecipe()) for group in o.param_groups for p in group["params"]]
+    names = {name for name, p in model.named_parameters() if not any(p is q for q in owned)}
+    assert len(owned) == len({id(p) for p in owned})
+    assert names == {name for name, _ in model.named_parameters() if name.startswith("encoder.projector")}
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
+    recipe = VisionRecipe(steps=100, warmup=10, final_lr=0.02)
+    shares = [learning_rate_share(step, recipe) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert max(shares) == shares[9]
+    assert shares[-1] == pytest.approx(0.02)
+
+
+def test_ids_become_ranges() -> None:
+    assert id_ranges(["a-0001", "a-0002", "a-0004", "b-0005"]) == ["a-0001..a-0002", "a-0004..a-0004", "b-0005..b-0005"]
+
+
+def test_training_is_reproducible_and_writes_a_whole_folder(tmp_path: Path) -> None:
+    recipe = VisionRecipe(steps=4, batch=4, teacher_steps=3)
+    cards = [train_vision(tmp_path / name, seed=5, recipe=recipe, limit=8) for name in ("a", "b")]
+    first, second = (VisionEncoder.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    fresh = VisionEncoder(model_preset("tiny").vision, seed=5).state_dict()
+    assert not torch.equal(fresh["vit.encoder.layers.0.attn.qkv.weight"], first["vit.encoder.layers.0.attn.qkv.weight"])
+    assert json.loads((tmp_path / "a" / "card.json").read_text()) == cards[0]
+    assert cards[0]["training_data"] == cards[1]["training_data"]
+    assert cards[0]["figures"] == cards[1]["figures"]
+
+
+@pytest.mark.slow
+def test_a_short_training_beats_chance() -> None:
+    from pipelines.components.vision import pretrain
+
+    glyphs = load_glyphs(None)
+    model = ContrastiveModel(VisionEncoder(model_preset("tiny").vision), all_words(), bias=-3.0)
+    recipe = VisionRecipe(steps=150, batch=32, motion_from=1.0)
+    pretrain(model, BatchPainter(glyphs.train, 0), recipe)
+    figures = evaluate_vision(model, glyphs, limit=200)
+    assert figures["colour_sklearn"]["value"] > 0.6
+    assert figures["digit_sklearn"]["value"] > 0.15
+
+
+def test_shipped_weights_are_the_tiny_network_and_were_not_trained_on_held_out_pictures() -> None:
+    card = json.loads((SHIPPED / "card.json").read_text())
+    assert VisionEncoder.from_pretrained(SHIPPED).config == model_preset("tiny").vision
+    assert (SHIPPED / "model.safetensors").stat().st_size < 1_000_000
+    trained = expanded(card["training_data"]["ids"])
+    assert len(trained) == card["training_data"]["count"]
+    sklearn_total = 1797
+    held_out = {f"sklearn-{i:04d}" for i in range(sklearn_total - SKLEARN_HELD_OUT, sklearn_total)}
+    held_out |= {f"mnist-{i:04d}" for i in range(MNIST_TRAIN, 5000)}
+    assert trained
+    assert not trained & held_out
+    assert expanded(card["held_out"]["ids"]) == held_out
+    # fmt: off
+    required = {"digit_mnist": 0.90, "digit_sklearn": 0.88, "colour_mnist": 0.99, "direction_mnist": 0.98}
+    # fmt: on
+    assert all(card["figures"][name]["value"] >= value for name, value in required.items())
+
+
+def test_shipped_weights_separate_held_out_digits() -> None:
+    """A linear reading of the shipped features, fitted on training pictures, reads digits it has not seen."""
+    import numpy as np
+
+    from omni_ray.data.tiny_world.pictures import draw_picture
+    from pipelines.components.vision_batches import patchify
+
+    folder = os.environ.get(REAL_DATA_VARIABLE)
+    glyphs = load_glyphs(Path(folder) if folder else None)
+    encoder = VisionEncoder.from_pretrained(SHIPPED)
+    rng = np.random.default_rng(0)
+    rows, labels = [], []
+    for glyph_set, count in ((glyphs.train, 600), (glyphs.held_out_sklearn, 200)):
+        drawn = np.stack([draw_picture(rng, image, "green") for image in glyph_set.images[:count]])
+        patches, grids = patchify(torch.from_numpy(drawn).float().permute(0, 3, 1, 2)[:, None], encoder.config)
+        with torch.no_grad():
+            rows.append(encoder.vit_features(patches, grids).view(count, 16, -1).mean(dim=1))
+        labels.append(torch.from_numpy(glyph_set.labels[:count]))
+    seen, unseen = (torch.nn.functional.pad((x - rows[0].mean(0)) / rows[0].std(0), (0, 1), value=1.0) for x in rows)
+    target = torch.nn.functional.one_hot(labels[0], 10).float()
+    weights = torch.linalg.solve(seen.T @ seen + 3.0 * torch.eye(seen.shape[1]), seen.T @ target)
+    right = ((unseen @ weights).argmax(dim=1) == labels[1]).float().mean().item()
+    assert right > 0.75, f"digit accuracy {right:.3f} with a linear reading, chance 0.1"
