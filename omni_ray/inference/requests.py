@@ -1,0 +1,35 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt and how to answer it."""
+
+    ids_T5: Tensor
+    """[T, 5] int64 prompt rows, ending in the generation prompt; codec rows already filled."""
+    features: tuple[tuple[int, Tensor], ...] = ()
+    """(first row, [n, H] encoder features) of every media span that is not codec ids."""
+    voice: bool = False
+    """Answer with text and codec rows in parallel instead of text alone."""
+    max_tokens: int = 64
+    """Most rows of the answer."""
+    temperature: float = 0.0
+    """0: the likeliest id; above: drawn from softmax(logits / temperature)."""
+    seed: int = 0
+    """Of the draws; the answer to a request depends on nothing but the request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One answer."""
+
+    ids_R5: Tensor
+    """[R, 5] int64 generated rows, the ending row included."""
+    finished: bool
+    """True: ended by itself; False: cut at max_tokens."""
