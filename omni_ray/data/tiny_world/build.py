@@ -57,18 +57,18 @@ class Recipe:
 
 SOURCES: Mapping[str, Recipe] = {
     "text": Recipe(make=makers_text.text_samples, train=6000, held_out=300),
-    "speech_text": Recipe(make=makers_heard.speech_text_samples, train=800, held_out=120),
-    "picture": Recipe(make=makers_seen.picture_samples, train=5000, held_out=1200),
+    "speech_text": Recipe(make=makers_heard.speech_text_samples, train=720, held_out=120),
+    "picture": Recipe(make=makers_seen.picture_samples, train=4600, held_out=1200),
     "scene": Recipe(make=makers_seen.scene_samples, train=400, held_out=120),
-    "picture_speech": Recipe(make=makers_heard.picture_speech_samples, train=400, held_out=100),
+    "picture_speech": Recipe(make=makers_heard.picture_speech_samples, train=360, held_out=100),
     "video": Recipe(make=makers_seen.video_samples, train=1000, held_out=400),
     "audio_human": Recipe(make=makers_heard.audio_human_samples, train=10**6, held_out=10**6),
-    "audio_synthetic": Recipe(make=makers_heard.audio_synthetic_samples, train=1100, held_out=150),
-    "audio_repeat": Recipe(make=makers_heard.audio_repeat_samples, train=400, held_out=100),
-    "cross_modal": Recipe(make=makers_heard.cross_modal_samples, train=800, held_out=340),
-    "cross_modal_speech": Recipe(make=makers_heard.cross_modal_speech_samples, train=250, held_out=100),
+    "audio_synthetic": Recipe(make=makers_heard.audio_synthetic_samples, train=1000, held_out=150),
+    "audio_repeat": Recipe(make=makers_heard.audio_repeat_samples, train=320, held_out=100),
+    "cross_modal": Recipe(make=makers_heard.cross_modal_samples, train=700, held_out=300),
+    "cross_modal_speech": Recipe(make=makers_heard.cross_modal_speech_samples, train=200, held_out=90),
     "dialogue": Recipe(make=makers_seen.dialogue_samples, train=800, held_out=200),
-    "speech_dialogue": Recipe(make=makers_heard.speech_dialogue_samples, train=200, held_out=60),
+    "speech_dialogue": Recipe(make=makers_heard.speech_dialogue_samples, train=160, held_out=50),
     "audio_visual": Recipe(make=makers_seen.audio_visual_samples, train=240, held_out=100),
 }
 """Every source in building order; ``audio_human`` has one sample per recording, none without real data."""

@@ -57,7 +57,8 @@ def scene_samples(world: World, rng: np.random.Generator, count: int) -> Iterato
     for question in kinds_by_share(rng, _SCENE_SHARES, count):
         things: list[tuple[str, int]] = []
         images = []
-        for _ in range(int(rng.integers(2, 4))):
+        wanted = int(rng.integers(2, 4))
+        while len(things) < wanted:
             image, digit, _ = album.glyph()
             colour = album.colour(digit)
             if all(colour != other[0] and digit != other[1] for other in things):
