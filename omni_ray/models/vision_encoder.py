@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
-from omni_ray.models.layers import ROW_TILE
+from omni_ray.models.layers import ROW_TILE, RMSNorm
 from omni_ray.models.pretrained import load_weights, read_config, save_module
 from omni_ray.models.projector import Grid, VisionProjector, merged_tokens
 from omni_ray.types.errors import MediaError
@@ -108,8 +108,8 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(size, 3 * size, bias=False)
         self.proj = nn.Linear(size, size)
-        self.q_norm = nn.RMSNorm(size, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(size, eps=config.norm_eps)
+        self.q_norm = RMSNorm(size, eps=config.norm_eps)
+        self.k_norm = RMSNorm(size, eps=config.norm_eps)
 
     def forward(self, x_PD: Tensor, packed: PackedGrids) -> Tensor:
         """Mix the patches of each window; [P, D] to [P, D]."""
@@ -141,7 +141,7 @@ class SwiGLU(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.mlp_size)
         self.fc2 = nn.Linear(config.mlp_size, config.hidden_size)
         self.fc3 = nn.Linear(config.hidden_size, config.mlp_size)
-        self.norm = nn.RMSNorm(config.mlp_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.mlp_size, eps=config.norm_eps)
 
     def forward(self, x_PD: Tensor) -> Tensor:
         """[P, D] to [P, D]."""
@@ -154,10 +154,10 @@ class Block(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm1 = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
-        self.norm2 = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm2 = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
         self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
 

@@ -18,18 +18,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from omni_ray.config.model import VisionConfig, model_preset
-from omni_ray.data.tiny_world.pictures import Glyphs, GlyphSet, draw_picture, draw_video, load_glyphs
-from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, all_words, is_held_out
+from omni_ray.data.tiny_world.pictures import Glyphs, load_glyphs
+from omni_ray.data.tiny_world.words import DIGITS, all_words
 from omni_ray.models.vision_encoder import VisionEncoder
 from omni_ray.training.contrastive import ContrastiveModel, distillation_loss, distillation_weight
 from omni_ray.training.muon import Muon
 from omni_ray.training.vision_teacher import ConvTeacher, train_teacher
+from omni_ray.types.errors import OmniError
 from pipelines.components.vision_batches import MOVING_BOX, PICTURE_BOX, BatchPainter, PictureBatch, patchify
+from pipelines.components.vision_figures import evaluate_vision
 
 REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
 DEFAULT_STEPS = 4500
@@ -204,79 +205,6 @@ def make_optimizers(model: ContrastiveModel, recipe: VisionRecipe) -> list[torch
     return [muon, adam]
 
 
-@torch.no_grad()
-def evaluate_vision(
-    model: ContrastiveModel, glyphs: Glyphs, *, seed: int = 0, limit: int | None = None
-) -> dict[str, dict[str, float]]:
-    """Nearest-caption accuracy on held-out pictures, one per held-out digit; value, n and chance of each figure.
-
-    Args:
-        limit: Use only the first so many pictures of each split.
-    """
-    model.eval()
-    figures: dict[str, dict[str, float]] = {}
-    for name, glyph_set in (("sklearn", glyphs.held_out_sklearn), ("mnist", glyphs.held_out_mnist)):
-        count = min(len(glyph_set), limit or len(glyph_set))
-        if not count:
-            continue
-        rng = np.random.default_rng([seed, 11, count])
-        figures |= {f"{key}_{name}": value for key, value in _still_figures(model, glyph_set, count, rng).items()}
-        figures |= {f"{key}_{name}": value for key, value in _pair_figures(model, glyph_set, count, rng).items()}
-    return figures
-
-
-def _still_figures(
-    model: ContrastiveModel, glyph_set: GlyphSet, count: int, rng: np.random.Generator
-) -> dict[str, dict[str, float]]:
-    colours = [list(COLOURS)[i] for i in rng.integers(len(COLOURS), size=count)]
-    labels = [int(label) for label in glyph_set.labels[:count]]
-    figures = {}
-    for suffix, box in (("", PICTURE_BOX), ("_small", MOVING_BOX)):
-        drawn = [draw_picture(rng, glyph_set.images[i], colours[i], box=box) for i in range(count)]
-        pooled = embed(model, np.stack(drawn)[:, None])
-        right = nearest(model, pooled, DIGITS) == torch.tensor(labels)
-        figures[f"digit{suffix}"] = _figure(right, 0.1)
-        unseen = torch.tensor([is_held_out(c, d) for c, d in zip(colours, labels, strict=True)])
-        figures[f"digit{suffix}_unseen_combination"] = _figure(right[unseen], 0.1)
-        own = torch.tensor([list(COLOURS).index(colour) for colour in colours])
-        figures[f"colour{suffix}"] = _figure(nearest(model, pooled, tuple(COLOURS)) == own, 1 / len(COLOURS))
-    return figures
-
-
-def _pair_figures(
-    model: ContrastiveModel, glyph_set: GlyphSet, count: int, rng: np.random.Generator
-) -> dict[str, dict[str, float]]:
-    words = tuple(DIRECTIONS)
-    own = rng.integers(len(words), size=count)
-    drawn = []
-    for i in range(count):
-        clip = draw_video(rng, glyph_set.images[i], list(COLOURS)[rng.integers(len(COLOURS))], words[own[i]])
-        first = rng.integers(len(clip) - 1)
-        drawn.append(clip[first : first + 2])
-    pooled = embed(model, np.stack(drawn))
-    labels = torch.from_numpy(glyph_set.labels[:count])
-    return {
-        "direction": _figure(nearest(model, pooled, words) == torch.from_numpy(own), 1 / len(words)),
-        "digit_moving": _figure(nearest(model, pooled, DIGITS) == labels, 0.1),
-    }
-
-
-def embed(model: ContrastiveModel, frames_BTSS3: np.ndarray) -> Tensor:
-    """Pooled features [B, D] of uint8 pictures [B, T, S, S, 3], 64 at a time."""
-    pixels = torch.from_numpy(frames_BTSS3).float().permute(0, 1, 4, 2, 3)
-    pooled = [model.pooled(*patchify(part, model.encoder.config)) for part in pixels.split(64)]
-    return torch.cat(pooled)
-
-
-def nearest(model: ContrastiveModel, pooled_BD: Tensor, captions: Sequence[str]) -> Tensor:
-    """Index of the caption nearest to each picture."""
-    return (model.image_embedding(pooled_BD) @ model.text_embedding(captions).T).argmax(dim=-1)
-
-
-def _figure(right: Tensor, chance: float) -> dict[str, float]:
-    return {"value": round(right.float().mean().item(), 4), "n": right.numel(), "chance": round(chance, 4)}
-
-
 def make_card(
     glyphs: Glyphs,
     recipe: VisionRecipe,
@@ -288,11 +216,14 @@ def make_card(
 ) -> dict[str, Any]:
     """What was trained, on what, how well: beside the weights as ``card.json``."""
     train = glyphs.train
+    options = f"--steps {recipe.steps} --seed {seed}"
+    if recipe.teacher_steps:
+        options += f" --teacher-steps {recipe.teacher_steps}"
     data = f"{REAL_DATA_VARIABLE}=FOLDER " if len(glyphs.held_out_mnist) else ""
     digest = hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest()
     return {
         "component": "vision encoder (LongCat-ViT, tiny) with projector",
-        "command": f"{data}python -m pipelines.components.vision --out DIR --steps {recipe.steps} --seed {seed}",
+        "command": f"{data}python -m pipelines.components.vision --out DIR {options}",
         "seed": seed,
         "cpu_minutes": round(minutes, 1),
         "threads": torch.get_num_threads(),
@@ -333,17 +264,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimiser steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default %(default)s)")
+    parser.add_argument(
+        "--teacher-steps", type=int, default=0, help="train a convolutional teacher so long and distil from it"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    recipe = VisionRecipe(steps=options.steps)
+    recipe = VisionRecipe(steps=options.steps, teacher_steps=options.teacher_steps)
     folder = os.environ.get(REAL_DATA_VARIABLE)
-    card = train_vision(
-        options.out,
-        real_data=Path(folder) if folder else None,
-        seed=options.seed,
-        recipe=recipe,
-        log=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    try:
+        card = train_vision(
+            options.out,
+            real_data=Path(folder) if folder else None,
+            seed=options.seed,
+            recipe=recipe,
+            log=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except OmniError as error:
+        print(f"vision: {error}", file=sys.stderr)
+        return 1
     print(json.dumps(card["figures"]))
     return 0
 

@@ -7,12 +7,13 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import omni_ray
 from omni_ray.config.model import model_preset
-from omni_ray.data.tiny_world.pictures import MNIST_TRAIN, SKLEARN_HELD_OUT, load_glyphs
+from omni_ray.data.tiny_world.pictures import MNIST_TRAIN, SKLEARN_HELD_OUT, draw_picture, load_glyphs
 from omni_ray.data.tiny_world.words import all_words
 from omni_ray.models.vision_encoder import VisionEncoder
 from omni_ray.training.contrastive import ContrastiveModel
@@ -20,13 +21,15 @@ from pipelines.components.vision import (
     REAL_DATA_VARIABLE,
     VisionRecipe,
     draw_step,
-    evaluate_vision,
     id_ranges,
     learning_rate_share,
+    main,
     make_optimizers,
+    pretrain,
     train_vision,
 )
-from pipelines.components.vision_batches import BatchPainter
+from pipelines.components.vision_batches import BatchPainter, patchify
+from pipelines.components.vision_figures import evaluate_vision
 
 SHIPPED = Path(omni_ray.__path__[0]) / "assets" / "vision"
 
@@ -72,6 +75,20 @@ def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
     assert shares[-1] == pytest.approx(0.02)
 
 
+def test_unreadable_digits_end_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "handwritten-digits"
+    folder.mkdir()
+    for name in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"):
+        (folder / name).write_bytes(b"no gzip")
+    monkeypatch.setenv(REAL_DATA_VARIABLE, str(tmp_path))
+    assert main(["--out", str(tmp_path / "out"), "--steps", "1"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "images-idx3-ubyte.gz cannot be read as gzip" in lines[0]
+
+
 def test_ids_become_ranges() -> None:
     assert id_ranges(["a-0001", "a-0002", "a-0004", "b-0005"]) == ["a-0001..a-0002", "a-0004..a-0004", "b-0005..b-0005"]
 
@@ -90,15 +107,13 @@ def test_training_is_reproducible_and_writes_a_whole_folder(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_short_training_beats_chance() -> None:
-    from pipelines.components.vision import pretrain
-
     glyphs = load_glyphs(None)
     model = ContrastiveModel(VisionEncoder(model_preset("tiny").vision), all_words(), bias=-3.0)
-    recipe = VisionRecipe(steps=150, batch=32, motion_from=1.0)
+    recipe = VisionRecipe(steps=400, batch=32, motion_from=1.0)
     pretrain(model, BatchPainter(glyphs.train, 0), recipe)
     figures = evaluate_vision(model, glyphs, limit=200)
     assert figures["colour_sklearn"]["value"] > 0.6
-    assert figures["digit_sklearn"]["value"] > 0.15
+    assert figures["digit_sklearn"]["value"] > 0.2
 
 
 def test_shipped_weights_are_the_tiny_network_and_were_not_trained_on_held_out_pictures() -> None:
@@ -113,19 +128,12 @@ def test_shipped_weights_are_the_tiny_network_and_were_not_trained_on_held_out_p
     assert trained
     assert not trained & held_out
     assert expanded(card["held_out"]["ids"]) == held_out
-    # fmt: off
     required = {"digit_mnist": 0.90, "digit_sklearn": 0.88, "colour_mnist": 0.99, "direction_mnist": 0.98}
-    # fmt: on
     assert all(card["figures"][name]["value"] >= value for name, value in required.items())
 
 
 def test_shipped_weights_separate_held_out_digits() -> None:
     """A linear reading of the shipped features, fitted on training pictures, reads digits it has not seen."""
-    import numpy as np
-
-    from omni_ray.data.tiny_world.pictures import draw_picture
-    from pipelines.components.vision_batches import patchify
-
     folder = os.environ.get(REAL_DATA_VARIABLE)
     glyphs = load_glyphs(Path(folder) if folder else None)
     encoder = VisionEncoder.from_pretrained(SHIPPED)
