@@ -11,10 +11,16 @@ from torch import Tensor
 from actors.worker import NetworkWorker, Rank
 from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.modality_bridge import place, take_back
+from omni_ray.config.model import OmniConfig
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import fill_codec_rows
+from omni_ray.data.tokenizer import Tokenizer
+from omni_ray.inference.engine import Engine
+from omni_ray.inference.requests import Generation, GenerationRequest
+from omni_ray.inference.rows import Vocabulary
 from omni_ray.models.llm import LanguageModel
 from omni_ray.training.loss import TERMS, auxiliary, objective, term_scales
+from omni_ray.training.optimizer import rates
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute, OmniBatch
 from omni_ray.types.modality import Modality
 
@@ -88,6 +94,14 @@ class LanguageWorker(NetworkWorker):
         self._sums += sums
         return loss + auxiliary(output, stage.loss, context.counts), output
 
+    def build_engine(self, tokenizer: Tokenizer) -> None:
+        """Make ready to answer prompts, after :meth:`build`; training does without."""
+        self.engine = Engine(self.network, vocabulary_of(tokenizer, self.recipe.networks))
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Answer prompts together; an answer does not depend on its neighbours."""
+        return self.engine.generate(requests)
+
     def take_statistics(self) -> tuple[Tensor, Tensor]:
         """Cross-entropy sums [8] by term and expert counts [layers, experts] of this rank since the last call."""
         sums, counts = self._sums, self._expert_counts
@@ -102,11 +116,22 @@ class LanguageWorker(NetworkWorker):
         """Move the routers' bias by the whole step's expert counts, all ranks summed; after the optimizer step."""
         if self.live:
             stage, inside = self.recipe.stage_at(step)
-            from omni_ray.training.optimizer import rates
-
             share = rates(stage.lr, inside, stage.steps)["language"] / stage.lr.peak
             total = torch.stack(list(counts)).sum(dim=0)
             self.network.update_expert_bias(total, self.recipe.optimizer.expert_bias_rate * share)
+
+
+def vocabulary_of(tokenizer: Tokenizer, model: OmniConfig) -> Vocabulary:
+    """Which ids an answer may hold: words of the tokenizer, codes of the codec."""
+    reserved = set(tokenizer.special_ids)
+    codec, books = model.codec, model.language.num_codebooks
+    return Vocabulary(
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        pause_id=tokenizer.pause_id,
+        text_ids=tuple(i for i in range(min(len(tokenizer), model.language.vocab_size)) if i not in reserved),
+        code_sizes=(codec.semantic_codes, *[codec.group_codes**2] * (books - 1)) if books else (),
+    )
 
 
 def fill_speech(batch: OmniBatch, context: StepContext, codes: Sequence[EmbeddingBatch]) -> OmniBatch:

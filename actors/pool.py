@@ -17,6 +17,7 @@ from omni_ray.config.recipe import Recipe
 from omni_ray.types.batch import EmbeddingBatch
 from omni_ray.types.modality import Modality
 
+
 def make_worker(recipe: Recipe, rank: Rank) -> Any:
     """The plain worker of a pool (not built yet)."""
     if rank.pool == "language":
@@ -139,6 +140,8 @@ def start_pools(recipe: Recipe, names: Sequence[str], resume_from: Path | None =
 def _start(recipe: Recipe, name: str) -> Pool:
     config = pool_config(recipe, name)
     remote = ray.remote(PoolActor)
-    options = actor_options(config.resources)  # threads are set by build(); an own runtime_env would cost a process start
+    options = actor_options(
+        config.resources
+    )  # threads are set by build(); an own runtime_env would cost a process start
     ranks = [Rank(pool=name, rank=rank, ranks=config.actors) for rank in range(config.actors)]
     return Pool(name=name, actors=tuple(remote.options(**options).remote(recipe, rank) for rank in ranks))

@@ -39,6 +39,8 @@ class SourceConfig(Checked):
     """Folder (or tar) of WebDataset shards; ``{data}`` stands for the data root."""
     split: str = "train"
     """Shards whose name starts with this."""
+    fallback: str | None = None
+    """Source that takes over the share where this one's shards are absent (no human speech, say); None refuses."""
 
 
 class DataConfig(Checked):

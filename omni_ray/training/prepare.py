@@ -50,10 +50,10 @@ class StepBuilder:
         self.recipe = recipe
         self.root = root
         self.tokenizer = Tokenizer.load(root / "tokenizer.json")
-        used = {name for stage in recipe.stages for name in stage.mixture}
+        self.draws = stage_draws(recipe, root)
+        used = {name for draws in self.draws for name in draws.mixture}
         self.sources = {name: open_source(recipe, root, name) for name in sorted(used)}
         self.sizes = {name: len(source) for name, source in self.sources.items()}
-        self.draws = [StageDraws(steps=stage.steps, mixture=stage.mixture) for stage in recipe.stages]
         self.ranks = pool_ranks(recipe)
         self._decoded = lru_cache(maxsize=cached_samples)(self._decode)
 
@@ -119,15 +119,45 @@ class StepBuilder:
         return encoded, tuple(decode_span(sample, span, networks, memory) for span in encoded.spans)
 
 
+def stage_draws(recipe: Recipe, root: Path) -> list[StageDraws]:
+    """Steps and mixture of every stage over the sources that are there; an absent source's share goes to its fallback.
+
+    Raises:
+        DataError: a source is absent and names no fallback.
+    """
+    draws = []
+    for stage in recipe.stages:
+        mixture: dict[str, float] = {}
+        for name, weight in stage.mixture.items():
+            chosen = _present(recipe, root, name)
+            mixture[chosen] = mixture.get(chosen, 0.0) + weight
+        draws.append(StageDraws(steps=stage.steps, mixture=mixture))
+    return draws
+
+
+def _present(recipe: Recipe, root: Path, name: str) -> str:
+    seen = [name]
+    while True:
+        config = recipe.data.sources.get(seen[-1])
+        if config is None:
+            raise DataError(f"source {seen[-1]!r} is drawn from but not described; add data.sources.{seen[-1]}.path")
+        path = Path(config.path.replace("{data}", str(root)))
+        if path.is_file() or any(path.glob(f"{config.split}*.tar")):
+            return seen[-1]
+        if config.fallback is None or config.fallback in seen:
+            raise DataError(
+                f"source {seen[-1]!r} has no {config.split} shards in {path}; build them or name a fallback"
+            )
+        seen.append(config.fallback)
+
+
 def open_source(recipe: Recipe, root: Path, name: str) -> WebDatasetSource:
     """Open one source of a recipe.
 
     Raises:
-        DataError: the source is not described, or its shards are missing.
+        DataError: its shards cannot be read.
     """
-    config = recipe.data.sources.get(name)
-    if config is None:
-        raise DataError(f"source {name!r} is drawn from but not described; add data.sources.{name}.path")
+    config = recipe.data.sources[name]
     path = Path(config.path.replace("{data}", str(root)))
     return WebDatasetSource(path, name, split=config.split)
 

@@ -15,8 +15,9 @@ from actors.pool import Pool
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.config.recipe import Recipe
-from omni_ray.data.order import StageDraws, drawn_before
+from omni_ray.data.order import drawn_before
 from omni_ray.observability.events import emit
+from omni_ray.training.prepare import stage_draws
 from omni_ray.types.errors import CheckpointError
 from pipelines.training.data_root import data_fingerprint, data_root
 
@@ -67,13 +68,13 @@ def save_checkpoint(recipe: Recipe, out: Path, step: int, pools: Mapping[str, Po
         save_recipe(recipe, folder / "recipe.yaml")
         (folder / "tokenizer.json").write_bytes((root / "tokenizer.json").read_bytes())
         stage = recipe.stage_at(step - 1)[0].name if step else ""
-        draws = [StageDraws(steps=s.steps, mixture=s.mixture) for s in recipe.stages]
+        draws = stage_draws(recipe, root)
         store.write_state(
             folder,
             {
                 "step": step,
                 "stage": stage,
-                "mixture": dict(recipe.stage_at(step - 1)[0].mixture) if step else {},
+                "mixture": [dict(stage.mixture) for stage in draws],
                 "drawn": drawn_before(draws, step),
                 "seed": recipe.seed,
                 "recipe": recipe.numbers_fingerprint(),
