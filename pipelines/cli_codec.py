@@ -36,7 +36,7 @@ def decode(args: Namespace) -> Outcome:
     source, target, codec = _paths(args)
     from pipelines.codec_files import decode_file
 
-    return _outcome(args, decode_file(source, target, codec=codec))
+    return _outcome(args, decode_file(source, target, codec=codec, codebooks=args.codebooks))
 
 
 def reconstruct(args: Namespace) -> Outcome:
@@ -44,4 +44,4 @@ def reconstruct(args: Namespace) -> Outcome:
     source, target, codec = _paths(args)
     from pipelines.codec_files import reconstruct_file
 
-    return _outcome(args, reconstruct_file(source, target, codec=codec))
+    return _outcome(args, reconstruct_file(source, target, codec=codec, codebooks=args.codebooks))

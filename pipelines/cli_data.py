@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
 from omni_ray.observability.progress import Progress
-from pipelines.cli_outcome import Outcome, real_data_folder
+from omni_ray.types.errors import DataError
+from pipelines.cli_outcome import Outcome, real_data_folder, writable_target
 
 
 def build(args: Namespace) -> Outcome:
@@ -15,8 +19,7 @@ def build(args: Namespace) -> Outcome:
     from omni_ray.data.tiny_world.build import SOURCES, build_tiny_world
     from pipelines.training.data_root import cache_folder
 
-    name = "tiny-world-real" if real_data else "tiny-world"
-    out = (args.out or cache_folder() / name).resolve()
+    out = (args.out or cache_folder() / ("tiny-world-real" if real_data else "tiny-world")).resolve()
     with Progress("tiny-world", len(SOURCES), unit="source") as line:
         manifest = build_tiny_world(
             out,
@@ -26,44 +29,12 @@ def build(args: Namespace) -> Outcome:
             scale=args.scale,
             progress=lambda source, done, total: line.advance(source=source),
         )
-    return Outcome(
-        text=f"{out}: {manifest.bytes / 1e6:.1f} MB\n" + table(dataclasses.asdict(manifest)),
-        document={"path": str(out), **dataclasses.asdict(manifest)},
-    )
+    document = dataclasses.asdict(manifest)
+    text = f"{out}: {manifest.bytes / 1e6:.1f} MB\n{_counts(document['sources'])}"
+    return Outcome(text=text, document={"path": str(out), **document})
 
 
-def inspect(args: Namespace) -> Outcome:
-    """What the manifest says, and whether every shard is still what it was."""
-    from omni_ray.data.tiny_world.manifest import read_manifest
-
-    manifest = dataclasses.asdict(read_manifest(args.path))
-    damaged = damaged_shards(args)
-    lines = [table(manifest), *(f"damaged: {path}" for path in damaged)]
-    lines += [f"licence: {origin}: {licence}" for origin, licence in manifest["licences"].items()]
-    document = {"path": str(args.path.resolve()), **manifest, "damaged": damaged}
-    return Outcome(text="\n".join(lines), document=document, ok=not damaged)
-
-
-def damaged_shards(args: Namespace) -> list[str]:
-    """Shards that are missing or differ from their recorded hash."""
-    import hashlib
-
-    from omni_ray.data.tiny_world.manifest import read_manifest
-
-    damaged = []
-    for splits in read_manifest(args.path).sources.values():
-        for facts in splits.values():
-            for shard in facts["shards"]:
-                path = args.path / shard["path"]
-                if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
-                    damaged.append(shard["path"])
-    return damaged
-
-
-def table(manifest: dict[str, object]) -> str:
-    """Samples by source and split."""
-    sources = manifest["sources"]
-    assert isinstance(sources, dict)
+def _counts(sources: dict[str, Any]) -> str:
     rows = [f"{'source':20}{'train':>8}{'held out':>10}"]
     for name, splits in sources.items():
         counts = [splits.get(split, {}).get("samples", 0) for split in ("train", "held_out")]
@@ -71,9 +42,59 @@ def table(manifest: dict[str, object]) -> str:
     return "\n".join(rows)
 
 
+def inspect(args: Namespace) -> Outcome:
+    """Samples, rows by modality and seconds; of a built data set also damage and licences."""
+    folder: Path = args.path
+    if not folder.is_dir():
+        raise DataError(f"{str(folder)!r} is no folder; name a built data set or a folder of WebDataset tars")
+    from omni_ray.config.load import load_recipe
+    from omni_ray.data.inspect import inspect as count
+
+    networks = load_recipe(args.recipe).networks
+    sources = count(folder, _tokenizer(folder), networks, split=args.split, limit=args.limit)
+    document: dict[str, Any] = {"path": str(folder.resolve()), "split": args.split, "sources": sources}
+    lines = [f"{'source':20}{'samples':>8}{'looked':>8}{'bad':>5}{'text':>9}{'vision':>9}{'audio':>9}{'speech':>9}"]
+    for name, facts in sources.items():
+        rows = "".join(f"{facts['rows'][kind]:>9}" for kind in ("text", "vision", "audio", "speech"))
+        lines.append(f"{name:20}{facts['samples']:>8}{facts['looked_at']:>8}{len(facts['bad']):>5}{rows}")
+        lines.extend(f"  bad: {sentence}" for sentence in facts["bad"])
+    if (folder / "manifest.json").is_file():
+        from omni_ray.data.tiny_world.manifest import read_manifest
+
+        manifest = read_manifest(folder)
+        document |= {"damaged": damaged_shards(folder, manifest.sources), "manifest": dataclasses.asdict(manifest)}
+        lines += [f"damaged: {path}; build it again" for path in document["damaged"]]
+        lines += [f"licence of {origin}: {licence}" for origin, licence in manifest.licences.items()]
+    bad = bool(document.get("damaged")) or any(facts["bad"] for facts in sources.values())
+    return Outcome(text="\n".join(lines), document=document, ok=not bad)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from omni_ray.data.tokenizer import Tokenizer
+
+    for place in (folder, folder.parent):
+        if (place / "tokenizer.json").is_file():
+            return Tokenizer.load(place / "tokenizer.json")
+    from omni_ray.data.tiny_world.corpus import template_texts
+
+    return Tokenizer.learn(template_texts())
+
+
+def damaged_shards(folder: Path, sources: Any) -> list[str]:
+    """Shards that are missing, or differ from the hash that the manifest records."""
+    shards = [shard for splits in sources.values() for facts in splits.values() for shard in facts["shards"]]
+    return [shard["path"] for shard in shards if not _is_as_recorded(folder / shard["path"], shard["sha256"])]
+
+
+def _is_as_recorded(path: Path, sha256: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
 def preview(args: Namespace) -> Outcome:
     """A page with samples of every source to look at and listen to."""
-    from omni_ray.data.tiny_world.inspect import write_preview
+    target = writable_target(args.out, "--out")
+    assert target is not None
+    from pipelines.data_preview import write_preview
 
-    shown = write_preview(args.path, args.out.resolve(), count=args.count)
-    return Outcome(text=f"{args.out}: {shown} samples", document={"page": str(args.out.resolve()), "samples": shown})
+    shown = write_preview(args.path, target, count=args.count, split=args.split)
+    return Outcome(text=f"{target}: {shown} samples", document={"page": str(target), "samples": shown})

@@ -177,11 +177,14 @@ def _add_data(commands: _Commands) -> None:
     inspect = data.add(
         "inspect",
         "pipelines.cli_data:inspect",
-        "count a built data set: samples, splits, licences, hashes",
-        f"{PROG} data inspect data/tiny-world",
+        "count what lies in a folder of shards: samples, rows, damage, licences",
+        f"{PROG} data inspect data/tiny-world --split held_out",
         json=True,
     )
-    inspect.add_argument("path", metavar="PATH", type=Path, help="folder of a built data set")
+    inspect.add_argument("path", metavar="PATH", type=Path, help="built data set, or any folder of WebDataset tars")
+    inspect.add_argument("--split", default="train", help="part to count rows of")
+    inspect.add_argument("--limit", type=_positive, default=200, help="samples of each source to look into")
+    inspect.add_argument("--recipe", default="tiny", help="recipe whose networks count the rows")
     preview = data.add(
         "preview",
         "pipelines.cli_data:preview",
@@ -191,7 +194,8 @@ def _add_data(commands: _Commands) -> None:
     )
     preview.add_argument("path", metavar="PATH", type=Path, help="folder of a built data set")
     preview.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write")
-    preview.add_argument("--count", type=_positive, default=8, help="samples of each kind")
+    preview.add_argument("--count", type=_positive, default=8, help="samples of each source")
+    preview.add_argument("--split", default="train", help="part to show")
 
 
 def _add_codec(commands: _Commands) -> None:
@@ -205,6 +209,8 @@ def _add_codec(commands: _Commands) -> None:
         parser.add_argument("source", metavar="IN", type=Path, help="file to read")
         parser.add_argument("target", metavar="OUT", type=Path, help="file to write")
         parser.add_argument("--codec", type=Path, help="folder of a codec (default: the shipped one)")
+        if name != "encode":
+            parser.add_argument("--codebooks", type=int, choices=(2, 3, 4), help="use the first of them only")
 
 
 def _add_checkpoint(commands: _Commands) -> None:

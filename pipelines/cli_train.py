@@ -15,7 +15,7 @@ from pipelines.cli_outcome import Outcome, real_data_folder
 def quickstart(args: Namespace) -> Outcome:
     """The whole path on real input; writes ``report.json`` and one page into ``--out``."""
     real_data = real_data_folder()
-    from pipelines.bench.writer import report_from_json
+    from pipelines.evaluation import table
     from pipelines.quickstart import quickstart as run_quickstart
 
     report = run_quickstart(
@@ -26,7 +26,7 @@ def quickstart(args: Namespace) -> Outcome:
         seed=args.seed,
         json=args.json,
     )
-    return Outcome(text=report_from_json(report).table(), document=report)
+    return Outcome(text=table(report), document=report)
 
 
 def _components(named: str) -> str:

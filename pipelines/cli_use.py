@@ -24,12 +24,12 @@ def _checkpoint(path: Path) -> Path:
 def evaluate(args: Namespace) -> Outcome:
     """Held-out figures as a table or in the form of the targets."""
     checkpoint = _checkpoint(args.checkpoint)
-    from pipelines.bench.writer import report_from_json
     from pipelines.evaluation import evaluate as run_evaluation
+    from pipelines.evaluation import table
 
     data = args.data.resolve() if args.data else None
     report = run_evaluation(checkpoint, data=data, limit=args.limit, seed=args.seed)
-    return Outcome(text=report_from_json(report).table(), document=report)
+    return Outcome(text=table(report), document=report)
 
 
 def chat(args: Namespace) -> Outcome:
