@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from omni_ray.config.model import CodecConfig
+from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.requests import GenerationRequest
 from omni_ray.models.layers import row_padded
 from omni_ray.models.llm import LanguageModel
@@ -37,6 +39,18 @@ class Vocabulary:
     """Ids that are words: neither reserved nor placeholders."""
     code_sizes: tuple[int, ...]
     """Codes of each codebook; empty for a model without codec heads."""
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, codec: CodecConfig | None) -> Vocabulary:
+        """Every id that is not special is a word; codes as many as the codec has."""
+        special = set(tokenizer.special_ids)
+        return Vocabulary(
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            pause_id=tokenizer.pause_id,
+            text_ids=tuple(i for i in range(len(tokenizer)) if i not in special),
+            code_sizes=() if codec is None else (codec.semantic_codes, *[codec.group_codes**2] * codec.levels),
+        )
 
 
 class RowSampler:
