@@ -135,7 +135,7 @@ def _add_use(commands: _Commands) -> None:
     chat = commands.add(
         "chat",
         "pipelines.cli_use:chat",
-        "ask a checkpoint one question in text, picture, sound or film",
+        "ask a checkpoint in text, picture, sound or film; at a terminal without a question: a conversation",
         f'{PROG} chat runs/quickstart/checkpoint --image digit.png --text "which digit is it" --speak answer.wav',
         json=True,
     )
@@ -146,6 +146,8 @@ def _add_use(commands: _Commands) -> None:
     chat.add_argument("--video", type=Path, help="a film (mp4)")
     chat.add_argument("--speak", metavar="OUT.wav", type=Path, help="answer aloud, too, into this file")
     chat.add_argument("--max-tokens", type=_positive, default=64, help="length of the answer at most")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word, 1 samples")
+    chat.add_argument("--seed", type=int, default=0, help="which sample, where --temperature is above 0")
     serve = commands.add(
         "serve",
         "pipelines.cli_use:serve",
@@ -156,7 +158,7 @@ def _add_use(commands: _Commands) -> None:
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to bind; any but this machine's own needs a key file"
     )
-    serve.add_argument("--port", type=_port, default=8000, help="port to bind")
+    serve.add_argument("--port", type=_port, default=8000, help="port to bind; 0 takes a free one")
     serve.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
 
 
@@ -283,6 +285,6 @@ def _positive(text: str) -> int:
 
 
 def _port(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; choose 1..65535")
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; choose 1..65535, or 0 for a free one")
     return int(text)

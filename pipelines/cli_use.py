@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -33,16 +34,28 @@ def evaluate(args: Namespace) -> Outcome:
 
 
 def chat(args: Namespace) -> Outcome:
-    """One answer; its words on standard output, its sound in ``--speak``."""
-    if not any((args.text, args.image, args.audio, args.video)):
+    """One answer, its words on standard output and its sound in ``--speak``; or a conversation at the terminal."""
+    asked = any((args.text, args.image, args.audio, args.video))
+    if not asked and (args.json or not sys.stdin.isatty()):
         raise RequestError("nothing was asked; give --text, --image, --audio or --video")
     checkpoint = _checkpoint(args.checkpoint)
     image, audio = existing_file(args.image, "--image"), existing_file(args.audio, "--audio")
     video, speak = existing_file(args.video, "--video"), writable_target(args.speak, "--speak")
-    from pipelines.chat import chat as run_chat
+    from pipelines import chat as chats
 
-    answer = run_chat(
-        checkpoint, text=args.text, image=image, audio=audio, video=video, speak=speak, max_tokens=args.max_tokens
+    if not asked:
+        chats.converse(checkpoint, speak=speak, max_tokens=args.max_tokens)
+        return Outcome(text="")
+    answer = chats.chat(
+        checkpoint,
+        text=args.text,
+        image=image,
+        audio=audio,
+        video=video,
+        speak=speak,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
     )
     return Outcome(text=answer, document={"text": answer, "speech": str(speak) if speak else None})
 

@@ -80,7 +80,7 @@ def test_help_imports_neither_torch_nor_ray() -> None:
         (["fly"], "invalid choice: 'fly'"),
         (["train"], "the following arguments are required: RECIPE"),
         (["train", "tiny", "--fast"], "unrecognized arguments: --fast"),
-        (["serve", "x", "--port", "70000"], "'70000' is not a port; choose 1..65535"),
+        (["serve", "x", "--port", "70000"], "'70000' is not a port; choose 1..65535, or 0 for a free one"),
         (["evaluate", "x", "--limit", "0"], "'0' is not a whole number above 0"),
     ],
 )
