@@ -49,7 +49,9 @@ def _message(
             content.append({"type": "text", "text": part.text})
             continue
         if message.role != "user":
-            raise bad_request(f"{where} is {part.type} in a turn of role {message.role}; only users send media", param=where)
+            raise bad_request(
+                f"{where} is {part.type} in a turn of role {message.role}; only users send media", param=where
+            )
         media[where], kind = _bytes(part, where, limits)
         content.append({"type": kind, "media": where})
     if message.role == "assistant" and message.audio is not None and not content:

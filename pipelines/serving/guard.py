@@ -39,10 +39,14 @@ def read_api_keys(path: Path) -> tuple[bytes, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"API key file {path} cannot be read ({reason}); name a text file with one key a line") from None
+        raise ConfigError(
+            f"API key file {path} cannot be read ({reason}); name a text file with one key a line"
+        ) from None
     keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not keys:
-        raise ConfigError(f"API key file {path} holds no key; write one, for instance with: openssl rand -hex 32 > FILE")
+        raise ConfigError(
+            f"API key file {path} holds no key; write one, for instance with: openssl rand -hex 32 > FILE"
+        )
     for number, key in enumerate(keys, start=1):
         if len(key) < MIN_KEY_CHARACTERS:
             raise ConfigError(
@@ -74,8 +78,8 @@ def check_address(host: str, api_key_file: Path | None) -> None:
         read_api_keys(api_key_file)
     elif not is_loopback(host):
         raise ConfigError(
-            f"host {host} is reachable by other machines, so it needs --api-key-file FILE (one key a line, for instance "
-            "from: openssl rand -hex 32 > FILE); without a key only 127.0.0.1 is served"
+            f"host {host} is reachable by other machines, so it needs --api-key-file FILE (one key a line, "
+            "for instance from: openssl rand -hex 32 > FILE); without a key only 127.0.0.1 is served"
         )
 
 

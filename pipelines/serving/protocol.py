@@ -181,8 +181,16 @@ def check_request(body: Any, limits: Limits) -> ChatRequest:
 def _refuse_unbuilt(body: Mapping[str, Any], request: ChatRequest) -> None:
     """Refuse what would silently give another answer than the one asked for."""
     refusals = (
-        (bool(request.stream), "stream", "stream is true, which this version does not do yet; leave it out or send false"),
-        ((request.n or 1) > 1, "n", f"n is {request.n}; this server gives one choice, send the request again for another"),
+        (
+            bool(request.stream),
+            "stream",
+            "stream is true, which this version does not do yet; leave it out or send false",
+        ),
+        (
+            (request.n or 1) > 1,
+            "n",
+            f"n is {request.n}; this server gives one choice, send the request again for another",
+        ),
         (bool(request.logprobs), "logprobs", "logprobs are not given by this server; leave the field out"),
         (bool(body.get("tools")), "tools", "tools are not supported by this model; leave the field out"),
         (bool(body.get("functions")), "functions", "functions are not supported by this model; leave the field out"),

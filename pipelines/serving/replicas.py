@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from ray import serve
 
@@ -18,6 +21,10 @@ from omni_ray.checkpoint.store import check_whole
 from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.config.serving import ServePool
+from omni_ray.data.tokenizer import Tokenizer
+from omni_ray.inference.requests import GenerationRequest
+from omni_ray.types.modality import Modality
+from pipelines.serving.prompt import PromptRows
 
 BATCH_SIZE = 8
 """Most conversations decoded together; a batch is what has arrived while the one before it ran."""
@@ -77,7 +84,6 @@ class WorkerReplica:
         return pack(getattr(self.worker, method)(*unpack(list(arguments))))
 
 
-@serve.deployment(name="vision")
 class VisionReplica(WorkerReplica):
     """Pictures and frame pairs to rows."""
 
@@ -88,7 +94,6 @@ class VisionReplica(WorkerReplica):
         return await self._run("features", media)
 
 
-@serve.deployment(name="audio")
 class AudioReplica(WorkerReplica):
     """Sounds to rows."""
 
@@ -99,7 +104,6 @@ class AudioReplica(WorkerReplica):
         return await self._run("features", media)
 
 
-@serve.deployment(name="speech")
 class SpeechReplica(WorkerReplica):
     """Codec ids to sound."""
 
@@ -108,3 +112,53 @@ class SpeechReplica(WorkerReplica):
     async def decode(self, codes_N4: NDArray[np.int64]) -> NDArray[np.float32]:
         """Wave [S] at 24 kHz."""
         return await self._run("decode", codes_N4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """The language stage's part of an answer."""
+
+    ids_R5: NDArray[np.int64]
+    """[R, 5] generated rows."""
+    finished: bool
+    """False: cut at the bound."""
+
+
+class LanguageReplica(WorkerReplica):
+    """Prompt rows and features to generated rows, for all that wait together."""
+
+    pool = "language"
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self.worker.build_engine(Tokenizer.load(Path(checkpoint) / "tokenizer.json"))
+
+    async def generate(
+        self,
+        rows: PromptRows,
+        vision: list[NDArray[np.float32]] | None,
+        audio: list[NDArray[np.float32]] | None,
+    ) -> Generated:
+        """Answer one prompt; ``vision`` and ``audio`` hold the rows of its items, in order."""
+        return await self._together(_request(rows, {Modality.VISION: vision or (), Modality.AUDIO: audio or ()}))
+
+    @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def _together(self, requests: list[GenerationRequest]) -> list[Generated]:
+        answers = await asyncio.to_thread(self.worker.generate, requests)
+        return [Generated(ids_R5=answer.ids_R5.numpy(), finished=answer.finished) for answer in answers]
+
+
+def _request(rows: PromptRows, features: Mapping[Modality, Sequence[NDArray[np.float32]]]) -> GenerationRequest:
+    placed = [
+        (offset, torch.from_numpy(values_ND.copy()))
+        for modality, items in features.items()
+        for offset, values_ND in zip(rows.offsets[modality], items, strict=True)
+    ]
+    return GenerationRequest(
+        ids_T5=torch.from_numpy(rows.ids_T5.copy()),
+        features=tuple(placed),
+        voice=rows.voice,
+        max_tokens=rows.max_tokens,
+        temperature=rows.temperature,
+        seed=rows.seed,
+    )

@@ -161,7 +161,9 @@ def test_a_port_in_use_is_one_clear_sentence() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        with pytest.raises(ResourceError, match=rf"^port {port} on 127.0.0.1 cannot be used \(Address already in use\)"):
+        with pytest.raises(
+            ResourceError, match=rf"^port {port} on 127.0.0.1 cannot be used \(Address already in use\)"
+        ):
             check_port("127.0.0.1", port)
     assert check_port("127.0.0.1", 0) > 0
     with pytest.raises(ResourceError, match=r"^port 70000 on 127.0.0.1 cannot be used"):

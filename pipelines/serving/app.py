@@ -1,0 +1,220 @@
+"""``omni-ray serve`` and the Serve application: ``serve run pipelines.serving.app:app checkpoint=PATH``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import ray
+from pydantic import BaseModel, ConfigDict
+from ray import serve as ray_serve
+from ray.serve import Application
+
+from actors.cluster import LOCAL_CPUS, RaySession
+from omni_ray.config.serving import ServingConfig
+from omni_ray.observability.events import emit
+from omni_ray.types.errors import ResourceError
+from pipelines.serving.gateway import GatewayReplica, gateway_options
+from pipelines.serving.guard import check_address, check_port
+from pipelines.serving.replicas import (
+    AudioReplica,
+    LanguageReplica,
+    SpeechReplica,
+    VisionReplica,
+    options,
+    read_recipe,
+)
+
+APP_NAME = "omni-ray"
+STAGES = {"vision": VisionReplica, "audio": AudioReplica, "language": LanguageReplica, "speech": SpeechReplica}
+
+
+class AppArgs(BaseModel):
+    """Arguments of the application, in YAML's ``args`` or as words of ``serve run``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str
+    """A checkpoint folder, readable at the same path on every node that holds a replica."""
+    api_key_file: str | None = None
+    """One key a line; without it only this machine is answered."""
+
+
+def app(args: AppArgs) -> Application:
+    """Build the application: a gateway over vision, audio, language and speech, sized by the checkpoint's recipe.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is not a whole checkpoint.
+        ConfigError: the API key file cannot be used.
+    """
+    folder = Path(args.checkpoint).expanduser().resolve()
+    key_file = str(Path(args.api_key_file).expanduser().resolve()) if args.api_key_file else None
+    check_address("127.0.0.1", Path(key_file) if key_file else None)
+    recipe = read_recipe(folder)
+    pools = recipe.serving.pools
+    stages = {
+        name: ray_serve.deployment(replica, name=name, **options(getattr(pools, name))).bind(str(folder))
+        for name, replica in STAGES.items()
+    }
+    gateway = ray_serve.deployment(GatewayReplica, name="gateway", **gateway_options(recipe.serving))
+    return gateway.bind(str(folder), key_file, **stages)
+
+
+class Served:
+    """A running server; closing it ends what it started."""
+
+    def __init__(self, url: str, session: RaySession) -> None:
+        self.url = url
+        self._session: RaySession | None = session
+        self._local = session.owns_connection and not os.environ.get("RAY_ADDRESS")
+
+    def close(self) -> None:
+        """End the application and, where it was started here, the cluster; may be called twice."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        try:
+            with _quiet():
+                ray_serve.delete(APP_NAME)
+                if not self._local and not ray_serve.status().applications:
+                    ray_serve.shutdown()  # a cluster of our own ends as a whole
+        finally:
+            session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def serve(
+    checkpoint: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key_file: Path | None = None,
+    block: bool = True,
+) -> Served:
+    """Serve a checkpoint over HTTP.
+
+    Args:
+        checkpoint: A checkpoint folder.  host, port: Where to listen; port 0 takes a free one.
+        api_key_file: One key a line; needed for any host that others reach.
+        block: Stay until SIGINT or SIGTERM, then end everything; False returns the running server at once.
+    Returns:
+        The server: running if ``block`` is False, else already closed.
+
+    Raises:
+        CheckpointError: not a whole checkpoint.  ConfigError: a host that needs a key, or an unusable key file.
+        ResourceError: the port is taken, or the deployments do not fit or do not come up.
+    """
+    check_address(host, api_key_file)
+    recipe = read_recipe(checkpoint)
+    port = check_port(host, port)
+    session = RaySession(num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1))
+    served = Served(f"http://{_in_url(host)}:{port}", session)
+    try:
+        check_fits(recipe.serving)
+        began = time.monotonic()
+        key_file = str(api_key_file) if api_key_file is not None else None
+        with _quiet():
+            ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            bound = app(AppArgs(checkpoint=str(checkpoint), api_key_file=key_file))
+            ray_serve.run(bound, name=APP_NAME, route_prefix="/")
+        _wait_until_answers(served.url)
+        emit("serving", url=served.url, checkpoint=str(checkpoint), seconds=time.monotonic() - began)
+        if block:
+            _wait_for_signal()
+    except BaseException:
+        served.close()
+        raise
+    if block:
+        served.close()
+    return served
+
+
+def check_fits(serving: ServingConfig) -> None:
+    """Refuse deployments that the cluster cannot hold.
+
+    Raises:
+        ResourceError: names the resource, what is asked and what is there.
+    """
+    total: dict[str, float] = {}
+    for name in ("gateway", *STAGES):
+        pool = getattr(serving.pools, name)
+        wants = {"CPU": pool.resources.cpu, "GPU": pool.resources.gpu, **pool.resources.custom}
+        for resource, amount in wants.items():
+            total[resource] = total.get(resource, 0.0) + amount * pool.replicas
+    there = ray.cluster_resources()
+    for resource, amount in total.items():
+        if amount > there.get(resource, 0.0):
+            raise ResourceError(
+                f"the deployments ask for {amount:g} {resource}, yet the cluster has {there.get(resource, 0.0):g}; "
+                "lower serving.pools.*.replicas or serving.pools.*.resources, or add nodes"
+            )
+
+
+def _wait_until_answers(url: str, timeout_s: float = 30.0) -> None:
+    """The proxy starts listening a moment after the replicas are up.
+
+    Raises:
+        ResourceError: nothing answers; the cluster's Serve was started before, at another address.
+    """
+    local = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        with contextlib.suppress(urllib.error.URLError, OSError), direct.open(f"{local}/healthz", timeout=2) as reply:
+            if reply.status == 200:
+                return
+        time.sleep(0.05)
+    raise ResourceError(
+        f"the replicas are up, yet nothing answers at {url}; if this cluster's Serve was started before, its address "
+        "cannot change: end it with `serve shutdown`, or use that address"
+    )
+
+
+def _wait_for_signal() -> None:
+    """Sleep until SIGINT or SIGTERM."""
+    stop = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        while not stop.wait(3600):
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back Ray Serve's own progress lines and notices; errors are raised anyway."""
+    logger = logging.getLogger("ray.serve")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+__all__ = ["AppArgs", "Served", "app", "serve"]
