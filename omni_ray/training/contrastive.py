@@ -52,6 +52,19 @@ def mean_pool(x_PD: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.stack([rows.mean(dim=0) for rows in x_PD.split(list(lengths))])
 
 
+def pool_columns(x_PD: Tensor, grids: Sequence[Grid], regions: int) -> Tensor:
+    """Mean of each of ``regions`` equal column ranges of equal pictures: [P, D] to [pictures * regions, D].
+
+    Raises:
+        ValueError: pictures differ in size, or their columns cannot be divided.
+    """
+    frames, height, width = grids[0]
+    if len(set(grids)) > 1 or width % regions:
+        raise ValueError(f"pictures of {sorted(set(grids))} patches cannot be pooled in {regions} equal column ranges")
+    cells = x_PD.view(len(grids), frames * height, regions, width // regions, -1)
+    return cells.mean(dim=(1, 3)).flatten(0, 1)
+
+
 class ContrastiveModel(nn.Module):
     """A vision encoder under training beside a text tower, with one linear head each, temperature and bias."""
 
@@ -85,11 +98,15 @@ class ContrastiveModel(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(bias))
 
-    def pooled(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Mean-pooled, normed ViT features [B, D] of packed items."""
+    def pooled(self, patches_PC: Tensor, grids: Sequence[Grid], regions: int = 1) -> Tensor:
+        """Mean-pooled, normed ViT features [B, D] of packed items; of ``regions`` column ranges of each."""
         features_PD = self.encoder.vit_features(patches_PC, grids)
-        pooled: Tensor = self.image_norm(mean_pool(features_PD, [t * h * w for t, h, w in grids]))
-        return pooled
+        if regions > 1:
+            pooled_BD = pool_columns(features_PD, grids, regions)
+        else:
+            pooled_BD = mean_pool(features_PD, [t * h * w for t, h, w in grids])
+        normed: Tensor = self.image_norm(pooled_BD)
+        return normed
 
     def image_embedding(self, pooled_BD: Tensor) -> Tensor:
         """Unit vectors [B, E]."""

@@ -44,8 +44,10 @@ class VisionRecipe:
     """Optimiser steps of all stages."""
     batch: int = 64
     """Pictures or frame pairs a step."""
+    native_from: float = 0.35
+    """Share of the steps after which pictures of several digits join (stage V2, native resolution)."""
     motion_from: float = 0.5
-    """Share of the steps after which frame pairs join; every second batch is then of pairs (stage V4)."""
+    """Share after which every second batch is of frame pairs, and some still pictures show small digits (stage V4)."""
     muon_lr: float = 0.02
     """Muon on matrices."""
     adam_lr: float = 2e-3
@@ -136,17 +138,22 @@ def pretrain(
     teacher: ConvTeacher | None = None,
     log: Callable[[str], None] | None = None,
 ) -> None:
-    """Stage V1 (still pictures, distillation fading), then V4 (still pictures and single frame pairs in turn)."""
+    """Stages V1, V2 and V4 of :func:`draw_step` in one run of falling learning rate; distillation fades early."""
     optimizers = make_optimizers(model, recipe)
     model.train()
-    motion_from = round(recipe.motion_from * recipe.steps)
     for step in range(recipe.steps):
-        batch, captions = draw_step(painter, recipe, step, motion=step >= motion_from)
-        pooled = model.pooled(*patchify(batch.frames_BT3SS, model.encoder.config))
+        batch, captions = draw_step(painter, recipe, step)
+        pooled = model.pooled(*patchify(batch.frames_BT3SS, model.encoder.config), batch.per_picture)
         loss = model.loss(pooled, captions)
         weight = recipe.distil_scale * distillation_weight(step, recipe.steps, recipe.distil_share)
         total = loss
-        if teacher is not None and model.teacher_head is not None and weight and not batch.directions:
+        if (
+            teacher is not None
+            and model.teacher_head is not None
+            and weight
+            and not batch.directions
+            and batch.per_picture == 1
+        ):
             features = teacher.features(batch.frames_BT3SS[:, 0])
             total = loss + weight * distillation_loss(model.teacher_head(pooled), features)
         total.backward()
@@ -164,18 +171,27 @@ def take_step(optimizers: Sequence[torch.optim.Optimizer], share: float) -> None
         optimizer.zero_grad(set_to_none=True)
 
 
-def draw_step(
-    painter: BatchPainter, recipe: VisionRecipe, step: int, *, motion: bool
-) -> tuple[PictureBatch, list[str]]:
-    """The batch of a step and its captions; in V4 odd steps bring frame pairs, and half the stills are small."""
+def draw_step(painter: BatchPainter, recipe: VisionRecipe, step: int) -> tuple[PictureBatch, list[str]]:
+    """The batch of a step and its captions.
+
+    Still pictures take turns in kinds of caption and, in groups of one round of kinds, in looks: V1 large digits, V2
+    also several digits in one wide picture, V4 also small digits; in V4 every odd step brings frame pairs instead.
+    """
+    motion = step >= round(recipe.motion_from * recipe.steps)
     if motion and step % 2:
         kind = recipe.pair_kinds[step // 2 % len(recipe.pair_kinds)]
         batch = painter.frame_pairs(recipe.batch, any_ink="colour" not in kind)
         return batch, batch.captions(kind)
-    turn = step // 2 if motion else step
-    kind = recipe.picture_kinds[turn % len(recipe.picture_kinds)]
-    small = motion and turn // len(recipe.picture_kinds) % 2 == 1
-    batch = painter.pictures(recipe.batch, MOVING_BOX if small else PICTURE_BOX, any_ink="colour" not in kind)
+    native = step >= round(recipe.native_from * recipe.steps)
+    looks = ("large", "scene", "small") if motion else ("large", "scene") if native else ("large",)
+    group, turn = divmod(step // 2 if motion else step, len(recipe.picture_kinds))
+    kind, look = recipe.picture_kinds[turn], looks[group % len(looks)]
+    any_ink = "colour" not in kind
+    if look == "scene":
+        per_picture = 2 + group // len(looks) % 2
+        batch = painter.scenes(recipe.batch // per_picture, per_picture, any_ink=any_ink)
+    else:
+        batch = painter.pictures(recipe.batch, MOVING_BOX if look == "small" else PICTURE_BOX, any_ink=any_ink)
     return batch, batch.captions(kind)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ PAIRS_PER_CLIP = 7
 KEPT_AWAY = 60.0
 """RGB distance within which an ink could be taken for a held-out colour (world inks vary by at most about 50)."""
 
-# B pictures, T frames (1 for a still picture, 2 for a frame pair), S side in pixels
+# B pictures, T frames (1 for a still picture, 2 for a frame pair), S side in pixels; W width, a multiple of S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +33,15 @@ class PictureBatch:
     """Painted pictures or frame pairs, and what is on them."""
 
     frames_BT3SS: Tensor
-    """Pixels 0..255, whole numbers, fp32."""
+    """Pixels 0..255, whole numbers, fp32; wider than high where a picture holds several digits."""
     colours: tuple[str, ...]
     """Colour word of each; empty where the inks are of any hue."""
     digits: tuple[int, ...]
     """Digit of each."""
     directions: tuple[str, ...]
     """Direction word of each; empty for still pictures."""
+    per_picture: int = 1
+    """Digits side by side in one picture; colours and digits are listed picture by picture, left to right."""
 
     def captions(self, kind: str) -> list[str]:
         """Captions of one kind: the words ``colour``, ``digit``, ``direction`` in any combination."""
@@ -74,6 +76,13 @@ class BatchPainter:
         ink = _any_inks(self._rng, digits) if any_ink else _world_inks(self._rng, colours)
         frames = self._paint(glyphs, ink, size, centre, warp=self._warp)
         return PictureBatch(frames_BT3SS=frames, colours=() if any_ink else colours, digits=digits, directions=())
+
+    def scenes(self, count: int, per_picture: int, *, any_ink: bool = False) -> PictureBatch:
+        """``count`` wide pictures of several digits side by side, each on its own square."""
+        single = self.pictures(count * per_picture, any_ink=any_ink)
+        squares = single.frames_BT3SS.view(count, per_picture, 1, 3, SIDE, SIDE)
+        wide = squares.permute(0, 2, 3, 4, 1, 5).reshape(count, 1, 3, SIDE, per_picture * SIDE)
+        return replace(single, frames_BT3SS=wide, per_picture=per_picture)
 
     def frame_pairs(self, count: int, box: tuple[float, float] = MOVING_BOX, *, any_ink: bool = False) -> PictureBatch:
         """Two neighbouring frames of an eight-frame clip in which the digit crosses the picture."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni_ray.data.tiny_world.pictures import Glyphs, GlyphSet, draw_picture, draw_video
+from omni_ray.data.tiny_world.pictures import Glyphs, GlyphSet, draw_picture, draw_scene, draw_video
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, is_held_out
 from omni_ray.training.contrastive import ContrastiveModel
 from pipelines.components.vision_batches import MOVING_BOX, PICTURE_BOX, patchify
@@ -32,6 +32,7 @@ def evaluate_vision(
         rng = np.random.default_rng([seed, 11, count])
         figures |= {f"{key}_{name}": value for key, value in _still_figures(model, glyph_set, count, rng).items()}
         figures |= {f"{key}_{name}": value for key, value in _pair_figures(model, glyph_set, count, rng).items()}
+        figures[f"digit_scene_{name}"] = _scene_figure(model, glyph_set, count, rng)
     return figures
 
 
@@ -71,10 +72,23 @@ def _pair_figures(
     }
 
 
-def embed(model: ContrastiveModel, frames_BTSS3: np.ndarray) -> Tensor:
-    """Pooled features [B, D] of uint8 pictures [B, T, S, S, 3], 64 at a time."""
+def _scene_figure(
+    model: ContrastiveModel, glyph_set: GlyphSet, count: int, rng: np.random.Generator
+) -> dict[str, float]:
+    """Each digit of wide pictures of three, read from its own third."""
+    threes = [range(i, i + 3) for i in range(0, count - count % 3, 3)]
+    drawn = []
+    for three in threes:
+        colours = [list(COLOURS)[i] for i in rng.integers(len(COLOURS), size=3)]
+        drawn.append(draw_scene(rng, [glyph_set.images[i] for i in three], colours))
+    labels = torch.from_numpy(glyph_set.labels[: 3 * len(threes)])
+    return _figure(nearest(model, embed(model, np.stack(drawn)[:, None], regions=3), DIGITS) == labels, 0.1)
+
+
+def embed(model: ContrastiveModel, frames_BTSS3: np.ndarray, regions: int = 1) -> Tensor:
+    """Pooled features [B * regions, D] of uint8 pictures [B, T, S, W, 3], 64 at a time."""
     pixels = torch.from_numpy(frames_BTSS3).float().permute(0, 1, 4, 2, 3)
-    pooled = [model.pooled(*patchify(part, model.encoder.config)) for part in pixels.split(64)]
+    pooled = [model.pooled(*patchify(part, model.encoder.config), regions) for part in pixels.split(64)]
     return torch.cat(pooled)
 
 

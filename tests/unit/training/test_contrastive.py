@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from omni_ray.config.model import VisionConfig
 from omni_ray.models.vision_encoder import VisionEncoder
-from omni_ray.training.contrastive import ContrastiveModel, distillation_loss, distillation_weight, sigmoid_loss
+from omni_ray.training.contrastive import (
+    ContrastiveModel,
+    distillation_loss,
+    distillation_weight,
+    pool_columns,
+    sigmoid_loss,
+)
 
 TINY = VisionConfig(hidden_size=16, num_heads=2, num_layers=1, intermediate_size=24, rope_base=10.0, adaptor_dim=8)
 WORDS = ("red", "blue", "one", "two")
@@ -32,6 +39,15 @@ def test_a_caption_reads_the_same_alone_and_among_longer_ones() -> None:
     alone = torch.cat([model.text_embedding([caption]) for caption in captions])
     torch.testing.assert_close(together, alone)
     assert not torch.allclose(together[1], together[3])
+
+
+def test_column_ranges_are_pooled_left_to_right() -> None:
+    rows = torch.arange(2 * 2 * 6, dtype=torch.float32)[:, None]
+    pooled = pool_columns(rows, [(1, 2, 6)] * 2, 3)
+    expected = rows.view(2, 2, 3, 2).mean(dim=(1, 3)).flatten()
+    assert pooled.flatten().tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="cannot be pooled in 4 equal column ranges"):
+        pool_columns(rows, [(1, 2, 6)] * 2, 4)
 
 
 def test_right_captions_cost_less_and_everything_learns() -> None:

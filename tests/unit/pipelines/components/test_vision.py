@@ -46,17 +46,20 @@ def expanded(ranges: list[str]) -> set[str]:
     return ids
 
 
-def test_stages_bring_pictures_then_pictures_and_pairs() -> None:
+def test_stages_bring_large_then_several_then_small_and_moving_digits() -> None:
     painter = BatchPainter(load_glyphs(None).train, seed=0)
-    recipe = VisionRecipe(batch=4)
-    first = [draw_step(painter, recipe, step, motion=False) for step in range(6)]
-    assert all(batch.directions == () for batch, _ in first)
-    second = [draw_step(painter, recipe, step, motion=True) for step in range(6)]
-    assert [bool(batch.directions) for batch, _ in second] == [False, True] * 3
-    assert [caption in all_words() for _, captions in second for caption in captions].count(False) == 0
-    kinds = [frozenset(captions) <= {"left", "right", "up", "down"} for _, captions in second]
-    assert any(kinds[1::2])
-    assert not any(kinds[0::2])
+    recipe = VisionRecipe(batch=6, steps=100, native_from=0.3, motion_from=0.5)
+    steps = [draw_step(painter, recipe, step) for step in range(100)]
+    several = [batch.per_picture for batch, _ in steps]
+    moving = [bool(batch.directions) for batch, _ in steps]
+    assert set(several[:30]) == {1}
+    assert set(several[30:50]) == {1, 2, 3}
+    assert not any(moving[:50])
+    assert moving[50:] == [False, True] * 25
+    assert all(len(captions) == 6 == len(batch.digits) for batch, captions in steps)
+    assert {word for _, captions in steps for caption in captions for word in caption.split()} == set(all_words())
+    inks = [(batch.frames_BT3SS[:, 0].amax(dim=1) > 90).float().mean().item() for batch, _ in steps[50::2]]
+    assert min(inks) < 0.5 * max(inks), "small digits cover less"
 
 
 def test_every_parameter_but_the_projector_has_one_optimiser() -> None:
@@ -109,7 +112,7 @@ def test_training_is_reproducible_and_writes_a_whole_folder(tmp_path: Path) -> N
 def test_a_short_training_beats_chance() -> None:
     glyphs = load_glyphs(None)
     model = ContrastiveModel(VisionEncoder(model_preset("tiny").vision), all_words(), bias=-3.0)
-    recipe = VisionRecipe(steps=400, batch=32, motion_from=1.0)
+    recipe = VisionRecipe(steps=400, batch=32, native_from=1.0, motion_from=1.0)
     pretrain(model, BatchPainter(glyphs.train, 0), recipe)
     figures = evaluate_vision(model, glyphs, limit=200)
     assert figures["colour_sklearn"]["value"] > 0.6

@@ -92,6 +92,13 @@ def test_drawn_batches_look_like_drawn_pictures(glyphs: Glyphs) -> None:
         assert measure(batch) == pytest.approx(measure(single), rel=0.12)
 
 
+def test_scenes_stand_side_by_side(glyphs: Glyphs) -> None:
+    scenes, single = BatchPainter(glyphs.train, seed=4).scenes(2, 3), BatchPainter(glyphs.train, seed=4).pictures(6)
+    assert scenes.frames_BT3SS.shape == (2, 1, 3, 56, 168)
+    assert torch.equal(scenes.frames_BT3SS[1, :, :, :, 56:112], single.frames_BT3SS[4])
+    assert (scenes.digits, scenes.colours, scenes.per_picture) == (single.digits, single.colours, 3)
+
+
 def test_batches_follow_the_seed(glyphs: Glyphs) -> None:
     first, again, other = (BatchPainter(glyphs.train, seed=s, warp=0.5).pictures(4).frames_BT3SS for s in (0, 0, 1))
     assert torch.equal(first, again)
