@@ -91,7 +91,7 @@ class Feeder:
         blocks = max(1, count // STEPS_PER_BLOCK)  # small blocks, or nothing streams
         steps = ray.data.range(count, override_num_blocks=blocks).map(lambda row: {"step": row["id"] + first})
         prepared = steps.map(
-            PrepareSteps,
+            PrepareSteps,  # type: ignore[arg-type]  # Ray Data makes one per task
             fn_constructor_args=(self.recipe, self.root),
             compute=ray.data.ActorPoolStrategy(size=self.recipe.data.workers),
             num_cpus=1,

@@ -11,14 +11,13 @@ from torch import Tensor
 from actors.worker import NetworkWorker, Rank
 from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.modality_bridge import place, take_back
-from omni_ray.config.model import OmniConfig
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import fill_codec_rows
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.engine import Engine
 from omni_ray.inference.requests import Generation, GenerationRequest
 from omni_ray.inference.rows import Vocabulary
-from omni_ray.models.llm import LanguageModel
+from omni_ray.models.llm import LanguageModel, LanguageOutput
 from omni_ray.training.loss import TERMS, auxiliary, objective, term_scales
 from omni_ray.training.optimizer import rates
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute, OmniBatch
@@ -47,6 +46,7 @@ class LanguageWorker(NetworkWorker):
         super().__init__(recipe, rank)
         self._sums = torch.zeros(len(TERMS), dtype=torch.float64)
         self._expert_counts: Tensor | None = None
+        self._kept: dict[int, tuple[Tensor, list[tuple[EmbeddingBatch, Tensor]]]] = {}
 
     def forward(
         self,
@@ -55,15 +55,15 @@ class LanguageWorker(NetworkWorker):
         context: StepContext,
         features: Mapping[Modality, Sequence[EmbeddingBatch]],
         wanted: Sequence[Modality],
-    ) -> list[EmbeddingBatch]:
-        """Forward and backward of one micro-batch.
+    ) -> Tensor:
+        """Loss of one micro-batch; its graph is kept for :meth:`backward`.
 
         Args:
             micro_batch: Its number in the step.  batch: Packed rows, codec rows still empty.
             context: Counts and routes.  features: What each encoder rank sent, chunks joined or not.
             wanted: Modalities whose encoders train; the others get no gradient.
         Returns:
-            The gradient of every wanted feature batch, in the order of ``wanted`` and of the batches given.
+            This micro-batch's share of the step's loss, a scalar.
         """
         batch = fill_speech(batch, context, features.get(Modality.SPEECH, ()))
         leaves: list[tuple[EmbeddingBatch, Tensor]] = []
@@ -75,15 +75,27 @@ class LanguageWorker(NetworkWorker):
                 if modality in wanted:
                     leaves.append((arrived, values_ID))
         loss, output = self._loss(batch, context, placed)
-        if loss.requires_grad:
-            loss.backward()
-        self.keep_term(micro_batch)
         if self.live:
             seen = output.expert_counts_LE
             self._expert_counts = seen if self._expert_counts is None else self._expert_counts + seen
+        self._kept[micro_batch] = (loss, leaves)
+        return loss.detach()
+
+    def backward(self, micro_batch: int) -> list[EmbeddingBatch]:
+        """Add this micro-batch's term to the gradient.
+
+        Returns:
+            The gradient of every wanted feature batch, in the order in which :meth:`forward` was given them.
+        """
+        loss, leaves = self._kept.pop(micro_batch)
+        if loss.requires_grad:
+            loss.backward()
+        self.keep_term(micro_batch)
         return [take_back(_gradient(values_ID), arrived) for arrived, values_ID in leaves]
 
-    def _loss(self, batch: OmniBatch, context: StepContext, placed: Sequence[EmbeddingBatch]):  # type: ignore[no-untyped-def]
+    def _loss(
+        self, batch: OmniBatch, context: StepContext, placed: Sequence[EmbeddingBatch]
+    ) -> tuple[Tensor, LanguageOutput]:
         stage = self.stage
         assert stage is not None
         rows_TD = self.network.embed_rows(batch.ids_T5)
@@ -96,7 +108,8 @@ class LanguageWorker(NetworkWorker):
 
     def build_engine(self, tokenizer: Tokenizer) -> None:
         """Make ready to answer prompts, after :meth:`build`; training does without."""
-        self.engine = Engine(self.network, vocabulary_of(tokenizer, self.recipe.networks))
+        codec = self.recipe.networks.codec if self.network.config.num_codebooks else None
+        self.engine = Engine(self.network, Vocabulary.of(tokenizer, codec))
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Answer prompts together; an answer does not depend on its neighbours."""
@@ -119,19 +132,6 @@ class LanguageWorker(NetworkWorker):
             share = rates(stage.lr, inside, stage.steps)["language"] / stage.lr.peak
             total = torch.stack(list(counts)).sum(dim=0)
             self.network.update_expert_bias(total, self.recipe.optimizer.expert_bias_rate * share)
-
-
-def vocabulary_of(tokenizer: Tokenizer, model: OmniConfig) -> Vocabulary:
-    """Which ids an answer may hold: words of the tokenizer, codes of the codec."""
-    reserved = set(tokenizer.special_ids)
-    codec, books = model.codec, model.language.num_codebooks
-    return Vocabulary(
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        pause_id=tokenizer.pause_id,
-        text_ids=tuple(i for i in range(min(len(tokenizer), model.language.vocab_size)) if i not in reserved),
-        code_sizes=(codec.semantic_codes, *[codec.group_codes**2] * (books - 1)) if books else (),
-    )
 
 
 def fill_speech(batch: OmniBatch, context: StepContext, codes: Sequence[EmbeddingBatch]) -> OmniBatch:

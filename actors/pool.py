@@ -74,7 +74,8 @@ class PoolActor:
         for modality, count in layout:
             features.setdefault(modality, []).append(join(unpack(list(pieces[start : start + count]))))
             start += count
-        gradients = self.worker.forward(micro_batch, batch, context, features, wanted)
+        self.worker.forward(micro_batch, batch, context, features, wanted)
+        gradients = self.worker.backward(micro_batch)
         chunks = self.worker.recipe.schedule.num_chunks
         out = [pack(piece) for gradient in gradients for piece in chunked([gradient], chunks)]
         return _returns(out or [None], max(1, len(out)))

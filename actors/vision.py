@@ -10,12 +10,14 @@ from torch import Tensor
 
 from actors.worker import EncoderWorker
 from omni_ray.data.media import patch_rows
+from omni_ray.models.vision_encoder import VisionEncoder
 
 
 class VisionWorker(EncoderWorker):
     """Owns LongCat-ViT and its projector."""
 
     network_name = "vision"
+    network: VisionEncoder
 
     def encode(self, media: Sequence[NDArray]) -> tuple[Tensor, tuple[int, ...]]:
         """Encode frame pairs.

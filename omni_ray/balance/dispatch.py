@@ -27,7 +27,7 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
 def light_ends(media_costs: Sequence[float]) -> list[int]:
     """Order of micro-batches that hides encoder time: the lightest in media first, the next lightest last.
 
-    Encoders cannot run ahead of the first micro-batch, and after the last one their backward has nothing to hide behind.
+    Encoders cannot run ahead of the first micro-batch; after the last, their backward has nothing to hide behind.
     """
     by_cost = sorted(range(len(media_costs)), key=lambda i: (media_costs[i], i))
     if len(by_cost) < 3:

@@ -90,7 +90,7 @@ class PoolOptimizer:
     def norm_squared(self) -> float:
         """Sum of squares of the gradient, accumulated in fp64 in parameter order.
 
-        A parameter that no row of the step touched gets a gradient of zeros, on one rank as on many: AdamW skips missing
+        A parameter that no row of the step touched gets a gradient of zeros, on one rank or many: AdamW skips missing
         gradients but not zeros, and pool sizes must not change what it does.
         """
         total = 0.0

@@ -91,7 +91,7 @@ class Reference:
         out = []
         for tile in sorted({item.tile for item in items if item.modality != Modality.SPEECH}):
             members = [item for item in items if item.tile == tile]
-            network: nn.Module = self.networks[members[0].modality.value]
+            network: Any = self.networks[members[0].modality.value]
             trains = any(p.requires_grad for p in network.parameters())
             media = [prepared.media[item.id] for item in members]
             with torch.set_grad_enabled(trains):

@@ -24,7 +24,9 @@ from omni_ray.observability.events import emit
 from omni_ray.observability.metrics import MetricsWriter
 from omni_ray.observability.progress import Progress
 from omni_ray.training.networks import POOLS
-from omni_ray.types.errors import CheckpointError, DataError
+from omni_ray.training.prepare import StepBuilder
+from omni_ray.types.batch import StepPlan
+from omni_ray.types.errors import DataError
 from pipelines.training.checkpoint import lock_run, resume_point, save_checkpoint
 from pipelines.training.data_root import data_root
 from pipelines.training.step import StepDriver, StepHandles, StepResult
@@ -77,6 +79,12 @@ def train(recipe: Recipe, out: Path, resume: bool = False, quiet: bool = False) 
     return _result(out, done, recipe, started)
 
 
+def plan(recipe: Recipe, steps: int = 1) -> list[StepPlan]:
+    """Plans of the recipe's first steps, as the feeder would make them; in this process, without Ray."""
+    builder = StepBuilder(recipe, data_root(recipe))
+    return [builder.build(step).plan for step in range(min(steps, recipe.total_steps))]
+
+
 class _Run:
     """Pools, feeder and writers of one call of :func:`train`."""
 
@@ -84,8 +92,9 @@ class _Run:
         self.recipe, self.out, self.first = recipe, out, first
         emit("train_start", out=str(out), first_step=first, steps=recipe.total_steps)
         self.pools: dict[str, Pool] = {}
-        self.feeder: Any = ray.remote(Feeder).options(num_cpus=0.1).remote(recipe, root, first)
-        self.next_plan = self.feeder.plan.remote(first)  # data starts while the pools import torch
+        feeder: Any = ray.remote(Feeder)
+        self.feeder: Any = feeder.options(num_cpus=0.1).remote(recipe, root, first)
+        self.next_plan: Any = self.feeder.plan.remote(first)  # data starts while the pools import torch
         self.pools = start_pools(recipe, POOL_NAMES, checkpoint)
         self.driver = StepDriver(recipe, self.pools, self.feeder)
         self.metrics = MetricsWriter(out, first_step=first)
@@ -99,8 +108,7 @@ class _Run:
         entered = -1
         done = self.first
         for step in range(self.first, recipe.total_steps):
-            stage, inside = recipe.stage_at(step)
-            index = recipe.stages.index(stage)
+            index = recipe.stages.index(recipe.stage_at(step)[0])
             if index != entered:
                 self._drain(flying)
                 self.driver.enter_stage(index)
@@ -161,8 +169,8 @@ class _Run:
         if not result.stepped:
             emit("step_skipped", step=result.step, norm=result.norm)
         if self.progress is not None:
-            losses = {term: round(value, 3) for term, value in result.losses.items() if term not in ("pad_text",)}
-            self.progress.advance(stage=result.stage, **losses)
+            shown: dict[str, Any] = {term: value for term, value in result.losses.items() if term != "pad_text"}
+            self.progress.advance(stage=result.stage, **shown)
 
 
 @contextmanager
@@ -193,6 +201,3 @@ def _result(out: Path, step: int, recipe: Recipe, started: float) -> TrainResult
         finished=step >= recipe.total_steps,
         seconds=time.monotonic() - started,
     )
-
-
-__all__ = ["CheckpointError", "TrainResult", "train"]

@@ -1,6 +1,6 @@
 """One training step over the pools: submit every call as a handle, wait once.
 
-The driver moves handles only.  What runs when is the order of submission (omni_ray/schedule), since every actor runs its
+The driver moves handles only.  What runs when is the order of submission (omni_ray/schedule): every actor runs its
 calls first in, first out; a step may be submitted while the one before it still runs.
 """
 

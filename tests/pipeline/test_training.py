@@ -1,4 +1,4 @@
-"""Pools against the single-process reference, bit for bit; stop signals, resume and refusals, on a real local cluster."""
+"""Pools against the single-process reference, bit for bit; stop, resume and refusals, on a real local cluster."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ def test_newest_and_prune(tmp_path: Path) -> None:
 
 def test_error_while_writing_leaves_earlier_ones(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    with pytest.raises(CheckpointError, match=r"step 2 could not be written .* earlier checkpoints are intact"):
-        with store.writing(tmp_path, 2):
-            raise OSError(28, "No space left on device")
+    message = r"step 2 could not be written .* earlier checkpoints are intact"
+    with pytest.raises(CheckpointError, match=message), store.writing(tmp_path, 2):
+        raise OSError(28, "No space left on device")
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-0000001"]
 
 
