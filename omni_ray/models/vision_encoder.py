@@ -212,7 +212,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.vit = LongCatViT(config)
             self.projector = VisionProjector(config)
 

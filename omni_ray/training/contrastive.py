@@ -88,7 +88,7 @@ class ContrastiveModel(nn.Module):
         config = encoder.config
         size = config.hidden_size
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.encoder = encoder
             self.text = TextTower(words, config)
             self.image_norm = nn.RMSNorm(size, eps=config.norm_eps)

@@ -25,7 +25,7 @@ class ConvTeacher(nn.Module):
     def __init__(self, classes: int, *, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             layers: list[nn.Module] = []
             for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 64)):
                 layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(4, outputs), nn.GELU()]
