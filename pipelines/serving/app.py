@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import ray
 from pydantic import BaseModel, ConfigDict
 from ray import serve as ray_serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from actors.cluster import LOCAL_CPUS, RaySession
 from omni_ray.config.serving import ServingConfig
@@ -64,11 +64,16 @@ def app(args: AppArgs) -> Application:
     recipe = read_recipe(folder)
     pools = recipe.serving.pools
     stages = {
-        name: ray_serve.deployment(replica, name=name, **options(getattr(pools, name))).bind(str(folder))
+        name: _deployment(replica, name, options(getattr(pools, name))).bind(str(folder))
         for name, replica in STAGES.items()
     }
-    gateway = ray_serve.deployment(GatewayReplica, name="gateway", **gateway_options(recipe.serving))
+    gateway = _deployment(GatewayReplica, "gateway", gateway_options(recipe.serving))
     return gateway.bind(str(folder), key_file, **stages)
+
+
+def _deployment(replica: type, name: str, chosen: dict[str, Any]) -> Deployment:
+    wrapped: Any = ray_serve.deployment(name=name, **chosen)(replica)
+    return wrapped
 
 
 class Served:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from omni_ray.config.serving import Limits
+from omni_ray.inference.prompt import Conversation
 from pipelines.serving.answers import Transcripts
 from pipelines.serving.errors import bad_request
 from pipelines.serving.media import audio_bytes, image_bytes, video_bytes
@@ -15,19 +15,11 @@ from pipelines.serving.protocol import AudioPart, ChatRequest, ImagePart, Messag
 _ROLES = {"developer": "system"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """Messages as ``omni_ray.types.sample.Sample`` holds them."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    """Roles system, user and assistant; media parts name a key of ``media``."""
-    media: Mapping[str, bytes]
-    """Encoded bytes by the part they came from, for instance ``messages[0].content[1]``."""
-
-
 def read_conversation(request: ChatRequest, limits: Limits, transcripts: Transcripts) -> Conversation:
     """Take a request apart; every media item is measured, none is decoded.
 
+    Returns:
+        Media are named by the part they came from, for instance ``messages[0].content[1]``.
     Raises:
         ApiError: 400: media where none may be, media out of bounds (names the part), an unknown spoken answer.
     """

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from fastapi import Request
 from ray import serve
 from ray.exceptions import RayError
@@ -24,16 +25,19 @@ from ray.serve.handle import DeploymentHandle
 
 from omni_ray.config.serving import ServingConfig
 from omni_ray.data.tokenizer import Tokenizer
+from omni_ray.inference.prompt import read_answer
+from omni_ray.inference.requests import Generation
 from omni_ray.observability.events import emit
+from omni_ray.types.batch import AUDIO_PAD
 from omni_ray.types.modality import Modality
 from pipelines.serving.answers import Answer, Spoken, Transcripts, completion, cut_at_stop
 from pipelines.serving.conversation import read_conversation
 from pipelines.serving.errors import ApiError
 from pipelines.serving.guard import Asgi, read_api_keys
 from pipelines.serving.http import build_http
-from pipelines.serving.prompt import Prompt, PromptMaker, split_rows
+from pipelines.serving.prompt import Prompt, PromptMaker
 from pipelines.serving.protocol import ChatRequest, check_request, read_json
-from pipelines.serving.replicas import Generated, options, read_recipe
+from pipelines.serving.replicas import options, read_recipe
 
 DECODERS = 2
 """Requests whose media are decoded at a time; bounds the memory that unfolded media take."""
@@ -103,12 +107,12 @@ class Gateway:
             modality: self.stages[modality].features.remote(list(media)) if media else None
             for modality, media in prompt.media.items()
         }
-        generated: Generated = await _stage(
-            "language",
-            self.stages["language"].generate.remote(prompt.rows, features[Modality.VISION], features[Modality.AUDIO]),
-        )
-        found = split_rows(generated.ids_R5, self.tokenizer)
+        seen, heard = features[Modality.VISION], features[Modality.AUDIO]
+        ids_R5, finished = await _stage("language", self.stages["language"].generate.remote(prompt.rows, seen, heard))
+        generation = Generation(ids_R5=torch.from_numpy(ids_R5.copy()), finished=finished)
+        found = read_answer(generation, self.tokenizer)
         text, stopped = cut_at_stop(found.text, asked.stop)
+        spoken_rows = int((ids_R5[:, 1:] != AUDIO_PAD).any(axis=1).sum())
         spoken = None
         if asked.speaks:
             rate_hz = self.recipe.networks.codec.output_rate_hz
@@ -118,10 +122,10 @@ class Gateway:
             spoken = Spoken(wave_S=wave_S, sample_rate_hz=rate_hz)
         return Answer(
             text=text,
-            finish_reason="stop" if generated.finished or stopped else "length",
+            finish_reason="stop" if finished or stopped else "length",
             prompt_rows=prompt.counts,
-            text_rows=len(generated.ids_R5) - found.audio_rows,
-            audio_rows=found.audio_rows,
+            text_rows=len(ids_R5) - spoken_rows,
+            audio_rows=spoken_rows,
             spoken=spoken,
         )
 

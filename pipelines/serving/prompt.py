@@ -1,4 +1,4 @@
-"""A conversation to prompt rows and decoded media, and generated rows to words and codes; no network, no Ray."""
+"""A checked conversation to prompt rows and decoded media, with errors that name the part; no network, no Ray."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from numpy.typing import NDArray
 
 from omni_ray.config.model import OmniConfig
 from omni_ray.config.serving import Limits
-from omni_ray.data.chat import answer_text, generation_prompt, undo_delay
-from omni_ray.data.media import decode_span
 from omni_ray.data.tokenizer import Tokenizer
-from omni_ray.types.batch import AUDIO_EOS, AUDIO_PAD, NUM_CODEBOOKS
+from omni_ray.inference.prompt import Conversation, PreparedPrompt, prepare
 from omni_ray.types.errors import DataError, MediaError
 from omni_ray.types.modality import FEATURE_MODALITIES, Modality
-from omni_ray.types.sample import EncodedSample, Sample
-from pipelines.serving.conversation import Conversation
-from pipelines.serving.errors import bad_request
-from pipelines.serving.media import unreadable
+from pipelines.serving.errors import ApiError, bad_request
 from pipelines.serving.protocol import ChatRequest
 
 DEFAULT_TOKENS = 256
@@ -57,18 +52,6 @@ class Prompt:
     """Rows by kind: text, image, audio."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitRows:
-    """Generated rows taken apart."""
-
-    text: str
-    """The words."""
-    codes_N4: NDArray[np.int64]
-    """Codec frames of all segments."""
-    audio_rows: int
-    """Rows that carry codec ids."""
-
-
 class PromptMaker:
     """Makes prompts for one checkpoint."""
 
@@ -81,68 +64,46 @@ class PromptMaker:
         Raises:
             ApiError: 400: media that cannot be decoded (names the part), or more rows than the model has positions.
         """
-        encoded = self._rows(conversation, asked.speaks)
-        room = self.model.language.max_position_embeddings - len(encoded)
-        most = asked.most_tokens or min(DEFAULT_TOKENS, self.limits.max_tokens, max(room, 1))
-        if most > room:
-            raise bad_request(
-                f"the conversation takes {len(encoded)} rows and the answer up to {most}, yet the model has "
-                f"{self.model.language.max_position_embeddings} positions; send less, or lower max_tokens",
-                param="messages",
-                code="context_length_exceeded",
-            )
-        media = self._decode(conversation, encoded)
-        spans = {m: [span for span in encoded.spans if span.modality == m] for m in FEATURE_MODALITIES}
+        try:
+            prepared = prepare(conversation, asked.speaks, self.tokenizer, self.model)
+        except DataError as error:
+            raise _refusal(error, conversation) from None
+        spans = {m: [span for span in prepared.encoded.spans if span.modality == m] for m in FEATURE_MODALITIES}
         rows = PromptRows(
-            ids_T5=encoded.ids_T5,
+            ids_T5=prepared.encoded.ids_T5,
             offsets={m: tuple(span.offset for span in spans[m]) for m in FEATURE_MODALITIES},
             voice=asked.speaks,
-            max_tokens=most,
+            max_tokens=self._most(len(prepared.encoded), asked),
             temperature=asked.temperature or 0.0,
             seed=seed,
         )
         image = sum(span.length for span in spans[Modality.VISION])
         heard = sum(span.length for span in spans[Modality.AUDIO])
-        counts = {"text": len(encoded) - image - heard, "image": image, "audio": heard}
-        return Prompt(rows=rows, media=media, counts=counts)
+        counts = {"text": len(prepared.encoded) - image - heard, "image": image, "audio": heard}
+        return Prompt(rows=rows, media={m: _media(prepared, m) for m in FEATURE_MODALITIES}, counts=counts)
 
-    def _rows(self, conversation: Conversation, voice: bool) -> EncodedSample:
-        try:
-            return generation_prompt(
-                conversation.messages, voice, self.tokenizer, self.model, media=conversation.media, key="request"
+    def _most(self, taken: int, asked: ChatRequest) -> int:
+        """Rows that the answer may have."""
+        positions = self.model.language.max_position_embeddings
+        most = asked.most_tokens or min(DEFAULT_TOKENS, self.limits.max_tokens, max(positions - taken, 1))
+        if taken + most > positions:
+            raise bad_request(
+                f"the conversation takes {taken} rows and the answer up to {most}, yet the model has {positions} "
+                "positions; send less, or lower max_tokens",
+                param="messages",
+                code="context_length_exceeded",
             )
-        except MediaError as error:
-            raise unreadable(_plain(error), _part_of(error, conversation)) from None
-        except DataError as error:
-            raise bad_request(str(_plain(error)), param="messages") from None
-
-    def _decode(self, conversation: Conversation, encoded: EncodedSample) -> dict[Modality, tuple[NDArray[Any], ...]]:
-        sample = Sample(key="request", kind="prompt", messages=conversation.messages, media=conversation.media)
-        media: dict[Modality, list[NDArray[Any]]] = {modality: [] for modality in FEATURE_MODALITIES}
-        memory: dict[str, Any] = {}
-        for span in encoded.spans:
-            try:
-                media[span.modality].append(decode_span(sample, span, self.model, memory))
-            except MediaError as error:
-                raise unreadable(_plain(error), span.name) from None
-        return {modality: tuple(items) for modality, items in media.items()}
+        return most
 
 
-def split_rows(ids_R5: NDArray[np.int64], tokenizer: Tokenizer) -> SplitRows:
-    """Words and codec frames of generated rows; speech comes in segments, each closed by the semantic end id."""
-    heard_R = (ids_R5[:, 1:] != AUDIO_PAD).any(axis=1)
-    ends = [int(row) + 1 for row in np.flatnonzero(ids_R5[:, 1] == AUDIO_EOS)]
-    pieces = [undo_delay(part) for part in np.split(ids_R5[:, 1:], ends) if (part != AUDIO_PAD).any()]
-    codes_N4 = np.concatenate(pieces) if pieces else np.zeros((0, NUM_CODEBOOKS), np.int64)
-    return SplitRows(text=answer_text(ids_R5[:, 0], tokenizer), codes_N4=codes_N4, audio_rows=int(heard_R.sum()))
+def _media(prepared: PreparedPrompt, modality: Modality) -> tuple[NDArray[Any], ...]:
+    pairs = zip(prepared.media, prepared.encoded.spans, strict=True)
+    return tuple(item for item, span in pairs if span.modality == modality)
 
 
-def _part_of(error: Exception, conversation: Conversation) -> str:
-    """The part that an error's text names (a part's name may begin another's: the longest wins)."""
-    named = [name for name in conversation.media if name in str(error)]
-    return max(named, key=len, default="messages")
-
-
-def _plain(error: DataError) -> DataError:
-    """The error without this server's name for the sample."""
-    return type(error)(str(error).replace("request/", "").replace("sample request ", "the conversation "))
+def _refusal(error: DataError, conversation: Conversation) -> ApiError:
+    """A 400 whose text starts with the part, without this server's name for the sample."""
+    words = str(error).replace("prompt/", "").replace("sample prompt ", "the conversation ")
+    named = [name for name in conversation.media if name in words]  # a name may begin another's: the longest wins
+    code = "unreadable_media" if isinstance(error, MediaError) else None
+    return bad_request(words, param=max(named, key=len, default="messages"), code=code)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +113,6 @@ class SpeechReplica(WorkerReplica):
         return await self._run("decode", codes_N4)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generated:
-    """The language stage's part of an answer."""
-
-    ids_R5: NDArray[np.int64]
-    """[R, 5] generated rows."""
-    finished: bool
-    """False: cut at the bound."""
-
-
 class LanguageReplica(WorkerReplica):
     """Prompt rows and features to generated rows, for all that wait together."""
 
@@ -138,14 +127,18 @@ class LanguageReplica(WorkerReplica):
         rows: PromptRows,
         vision: list[NDArray[np.float32]] | None,
         audio: list[NDArray[np.float32]] | None,
-    ) -> Generated:
-        """Answer one prompt; ``vision`` and ``audio`` hold the rows of its items, in order."""
+    ) -> tuple[NDArray[np.int64], bool]:
+        """Answer one prompt; ``vision`` and ``audio`` hold the rows of its items, in order.
+
+        Returns:
+            [R, 5] generated rows, and whether they ended by themselves.
+        """
         return await self._together(_request(rows, {Modality.VISION: vision or (), Modality.AUDIO: audio or ()}))
 
     @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def _together(self, requests: list[GenerationRequest]) -> list[Generated]:
+    async def _together(self, requests: list[GenerationRequest]) -> list[tuple[NDArray[np.int64], bool]]:
         answers = await asyncio.to_thread(self.worker.generate, requests)
-        return [Generated(ids_R5=answer.ids_R5.numpy(), finished=answer.finished) for answer in answers]
+        return [(answer.ids_R5.numpy(), answer.finished) for answer in answers]
 
 
 def _request(rows: PromptRows, features: Mapping[Modality, Sequence[NDArray[np.float32]]]) -> GenerationRequest:
