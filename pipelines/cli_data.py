@@ -58,15 +58,25 @@ def inspect(args: Namespace) -> Outcome:
         rows = "".join(f"{facts['rows'][kind]:>9}" for kind in ("text", "vision", "audio", "speech"))
         lines.append(f"{name:20}{facts['samples']:>8}{facts['looked_at']:>8}{len(facts['bad']):>5}{rows}")
         lines.extend(f"  bad: {sentence}" for sentence in facts["bad"])
-    if (folder / "manifest.json").is_file():
-        from omni_ray.data.tiny_world.manifest import read_manifest
-
-        manifest = read_manifest(folder)
-        document |= {"damaged": damaged_shards(folder, manifest.sources), "manifest": dataclasses.asdict(manifest)}
-        lines += [f"damaged: {path}; build it again" for path in document["damaged"]]
-        lines += [f"licence of {origin}: {licence}" for origin, licence in manifest.licences.items()]
+    lines += _manifest_facts(folder, document)
     bad = bool(document.get("damaged")) or any(facts["bad"] for facts in sources.values())
     return Outcome(text="\n".join(lines), document=document, ok=not bad)
+
+
+def _manifest_facts(folder: Path, document: dict[str, Any]) -> list[str]:
+    """Lines about damage and licences, where the folder has a manifest of ours; the document gets them, too."""
+    from omni_ray.data.tiny_world.manifest import MANIFEST_NAME, read_manifest
+
+    if not (folder / MANIFEST_NAME).is_file():
+        return []
+    try:
+        manifest = read_manifest(folder)
+    except DataError as problem:  # somebody else's manifest says nothing about their tars
+        document["manifest_problem"] = str(problem)
+        return [f"{MANIFEST_NAME} is not read: {problem}"]
+    document |= {"damaged": damaged_shards(folder, manifest.sources), "manifest": dataclasses.asdict(manifest)}
+    lines = [f"damaged: {path}; build it again" for path in document["damaged"]]
+    return lines + [f"licence of {origin}: {licence}" for origin, licence in manifest.licences.items()]
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -83,6 +83,10 @@ def _version() -> str:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="preset name (tiny) or path of a YAML file")
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="A.B=C", action="append", default=[], help="change one key of the recipe; may be repeated"
     )
@@ -97,6 +101,7 @@ def _add_training(commands: _Commands) -> None:
         json=True,
     )
     quickstart.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
+    _add_set(quickstart)
     quickstart.add_argument("--recipe", default="tiny", help="preset name or path of a YAML file")
     quickstart.add_argument("--components", default="shipped", help="shipped, train, or a folder of trained ones")
     quickstart.add_argument("--seed", type=int, default=0, help="other initial weights and order")
@@ -132,6 +137,22 @@ def _add_use(commands: _Commands) -> None:
     evaluate.add_argument("--data", type=Path, help="built data (default: the data the checkpoint was trained on)")
     evaluate.add_argument("--limit", type=_positive, help="samples per task at most")
     evaluate.add_argument("--seed", type=int, default=0, help="which samples, where --limit leaves some out")
+    _add_chat(commands)
+    serve = commands.add(
+        "serve",
+        "pipelines.cli_use:serve",
+        "serve a checkpoint over HTTP with Ray Serve; stays up until stopped",
+        f"{PROG} serve runs/quickstart/checkpoint --port 8000",
+    )
+    serve.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a checkpoint")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to bind; any but this machine's own needs a key file"
+    )
+    serve.add_argument("--port", type=_port, default=8000, help="port to bind; 0 takes a free one")
+    serve.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
+
+
+def _add_chat(commands: _Commands) -> None:
     chat = commands.add(
         "chat",
         "pipelines.cli_use:chat",
@@ -148,18 +169,6 @@ def _add_use(commands: _Commands) -> None:
     chat.add_argument("--max-tokens", type=_positive, default=64, help="length of the answer at most")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word, 1 samples")
     chat.add_argument("--seed", type=int, default=0, help="which sample, where --temperature is above 0")
-    serve = commands.add(
-        "serve",
-        "pipelines.cli_use:serve",
-        "serve a checkpoint over HTTP with Ray Serve; stays up until stopped",
-        f"{PROG} serve runs/quickstart/checkpoint --port 8000",
-    )
-    serve.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a checkpoint")
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address to bind; any but this machine's own needs a key file"
-    )
-    serve.add_argument("--port", type=_port, default=8000, help="port to bind; 0 takes a free one")
-    serve.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
 
 
 def _add_data(commands: _Commands) -> None:

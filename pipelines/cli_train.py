@@ -24,7 +24,8 @@ def quickstart(args: Namespace) -> Outcome:
         components=_components(args.components),
         real_data=real_data,
         seed=args.seed,
-        json=args.json,
+        json=True,  # the table is this command's result, printed once, here
+        overrides=args.set,
     )
     return Outcome(text=table(report), document=report)
 
@@ -54,7 +55,7 @@ def plan(args: Namespace) -> Outcome:
     from omni_ray.config.load import load_recipe
 
     recipe = load_recipe(args.recipe, args.set)
-    from pipelines.training.loop import plan as plan_steps  # type: ignore[attr-defined]
+    from pipelines.training.loop import plan as plan_steps
 
     plans = plan_steps(recipe, args.steps)
     lines = []

@@ -35,7 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mini")
     (folder / "world").mkdir()
     write_world(folder / "world")
-    (folder / "world/manifest.json").unlink()  # a foreign folder of WebDataset tars has none
     write_components(folder / "components")
     return folder
 
@@ -61,6 +60,25 @@ def test_data_inspect_counts_rows_by_modality(base: Path, capsys: pytest.Capture
     assert rows["audio"] == rows["speech"] == 0
     assert cli.main(["data", "inspect", str(base / "world/audio")]) == 0
     assert "audio" in capsys.readouterr().out
+
+
+def test_plan_shows_who_computes_what(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mini_world import mini_recipe
+
+    from omni_ray.config.load import save_recipe
+    from omni_ray.types.batch import StepPlan
+
+    recipe = tmp_path / "mini.yaml"
+    save_recipe(mini_recipe(base), recipe)
+    words = ("plan", str(recipe), "--steps", "6", "--set", "pools.vision.actors=2", "--set", "pools.language.actors=2")
+    plans = [StepPlan.from_json(json.dumps(step)) for step in run_json(capsys, *words)]
+    assert [plan.step for plan in plans] == list(range(6))
+    assert {batch.language_rank for plan in plans for batch in plan.micro_batches} == {0, 1}
+    assert {item.encoder_rank for plan in plans for item in plan.items if item.modality == "vision"} == {0, 1}
+    assert cli.main(["plan", str(recipe), "--steps", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("micro-batch 0 -> language 0: ") == 5
+    assert "vision: rank 0 -> language 0, micro-batch " in shown
 
 
 def test_data_inspect_finds_a_sample_that_cannot_be_read(
