@@ -99,22 +99,23 @@ def fit_size(height: int, width: int, config: VisionConfig, max_patches: int | N
     unit, patch = config.side_multiple, config.patch_size
     most, least = min(config.max_patches, max_patches or config.max_patches), config.min_patches
     most_units, least_units = (n * patch * patch / (unit * unit) for n in (most, least))
-    grow = max(1.0, unit / min(height, width))
-    h, w = height * grow / unit, width * grow / unit
+    enlarge = max(1.0, unit / min(height, width))
+    h, w = height * enlarge / unit, width * enlarge / unit
+    grow = max(1.0, math.sqrt(least_units / (h * w)))
     if least_units <= h * w <= most_units:
-        rounded = max(1, math.floor(h + 0.5)), max(1, math.floor(w + 0.5))
-        if least_units <= rounded[0] * rounded[1] <= most_units:
-            return rounded[0] * unit, rounded[1] * unit
-    if h * w >= least_units:
+        rows, columns = max(1, math.floor(h + 0.5)), max(1, math.floor(w + 0.5))
+        if least_units <= rows * columns <= most_units:
+            return rows * unit, columns * unit
+        too_small = rows * columns < least_units
+    else:
+        too_small = h * w < least_units
+    if too_small:
+        rows, columns = math.ceil(h * grow - 1e-9), math.ceil(w * grow - 1e-9)
+    else:
         scale = min(1.0, math.sqrt(most_units / (h * w)))
         rows, columns = max(1, math.floor(h * scale + 1e-9)), max(1, math.floor(w * scale + 1e-9))
-        rows, columns = (
-            min(rows, math.floor(most_units / columns)) or 1,
-            min(columns, math.floor(most_units / rows)) or 1,
-        )
-    else:
-        scale = math.sqrt(least_units / (h * w))
-        rows, columns = math.ceil(h * scale - 1e-9), math.ceil(w * scale - 1e-9)
+        rows = max(1, min(rows, math.floor(most_units / columns)))
+        columns = max(1, min(columns, math.floor(most_units / rows)))
     return rows * unit, columns * unit
 
 

@@ -18,14 +18,17 @@ class ClipBook:
     """16 kHz clips by voice and text, cut to the sound and encoded as flac, made when first asked for."""
 
     def __init__(self) -> None:
+        self._raw: dict[tuple[Voice, str], tuple[Wave, int]] = {}
         self._waves: dict[tuple[Voice, str], Wave] = {}
         self._flac: dict[tuple[Voice, str], bytes] = {}
 
     def wave(self, voice: Voice, text: str) -> Wave:
         """[S] float32 at 16 kHz."""
         if (voice, text) not in self._waves:
-            listed = texts_of(voice)
-            self._record(voice, listed if text in listed else (text,))
+            if (voice, text) not in self._raw:
+                self._record(voice, text)
+            wave, rate = self._raw.pop((voice, text))
+            self._waves[voice, text] = level(resample(trim(wave, rate), rate, CLIP_RATE_HZ))
         return self._waves[voice, text]
 
     def flac(self, voice: Voice, text: str) -> bytes:
@@ -34,25 +37,19 @@ class ClipBook:
             self._flac[voice, text] = encode_flac(self.wave(voice, text), CLIP_RATE_HZ)
         return self._flac[voice, text]
 
-    def _record(self, voice: Voice, texts: tuple[str, ...]) -> None:
-        waves, rate = speak_all(texts, voice)
-        for text, wave in zip(texts, waves, strict=True):
-            self._waves[voice, text] = level(resample(trim(wave, rate), rate, CLIP_RATE_HZ))
+    def _record(self, voice: Voice, text: str) -> None:
+        """Say the list that holds the text: a synthetic speaker starts once for a list, and lists never change."""
+        listed = next((texts for texts in lists_of(voice) if text in texts), (text,))
+        waves, rate = speak_all(listed, voice)
+        self._raw.update({(voice, said): (wave, rate) for said, wave in zip(listed, waves, strict=True)})
 
 
-def texts_of(voice: Voice) -> tuple[str, ...]:
-    """What a synthetic speaker says: all digits, words and questions, and a few phrases and facts of its own."""
+def lists_of(voice: Voice) -> tuple[tuple[str, ...], ...]:
+    """What a synthetic speaker says, in lists said in one go; the assistant says each text on its own."""
     if voice == ASSISTANT_VOICE:
-        return (*DIGITS, *COLOURS, *DIRECTIONS, *(phrase(c, d) for held in (False, True) for c, d in pairs(held)))
-    return (
-        *DIGITS,
-        *COLOURS,
-        *DIRECTIONS,
-        *spoken_questions(),
-        *own_phrases(voice),
-        *own_facts(voice),
-        *own_says(voice),
-    )
+        return ()
+    own = (*own_phrases(voice), *own_facts(voice), *own_says(voice))
+    return DIGITS, (*COLOURS, *DIRECTIONS), spoken_questions(), own
 
 
 def spoken_questions() -> tuple[str, ...]:

@@ -56,13 +56,13 @@ def glosses() -> tuple[str, ...]:
 
 def statements(colour: str, digit: int, direction: str) -> tuple[str, ...]:
     """Ways to tell of one moving digit."""
-    word = DIGITS[digit]
+    word, a = DIGITS[digit], "an" if colour[0] in "aeiou" else "a"
     return (
-        f"a {colour} {word}",
+        f"{a} {colour} {word}",
         f"the {word} is {colour}",
-        f"a {colour} {word} moves {direction}",
+        f"{a} {colour} {word} moves {direction}",
         f"the {colour} {word} goes {direction}",
-        f"it is a {colour} {word} and it moves {direction}",
+        f"it is {a} {colour} {word} and it moves {direction}",
     )
 
 
@@ -76,6 +76,7 @@ def template_texts() -> Iterator[str]:
         yield question
     for wordings in QUESTIONS.values():
         yield from wordings
-    yield "a the it is and moves goes first second third picture was in how many digits are there what was said while"
+    yield "an a the it is and moves goes first second third picture was in how many digits are there"
+    yield "what was said while it moved"
     yield "USER : ASSISTANT VOICE SYSTEM , . ? !"
     yield from (f"second{{{s}.{tenth}}}:" for s in range(20) for tenth in (0, 5))

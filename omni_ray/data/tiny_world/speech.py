@@ -139,7 +139,9 @@ def _espeak_start(library: ctypes.CDLL, data: str, voice: Voice) -> int:
     rate = int(library.espeak_Initialize(_ESPEAK_SYNCHRONOUS, 0, data.encode(), _ESPEAK_DONT_EXIT))
     if rate <= 0:
         raise DataError(f"espeak cannot start with the data in {data}; reinstall espeakng-loader")
-    if library.espeak_SetVoiceByName(voice.name.encode()):
+    variant = voice.name.partition("+")[2]
+    known = Path(data) / "espeak-ng-data" / "voices" / "!v" / variant  # espeak itself passes over unknown variants
+    if not known.exists() or library.espeak_SetVoiceByName(voice.name.encode()):
         raise DataError(f"espeak has no voice {voice.name!r}; choose LANGUAGE+VARIANT of its data folder")
     library.espeak_SetParameter(_ESPEAK_RATE, voice.words_per_minute, 0)
     library.espeak_SetParameter(_ESPEAK_PITCH, voice.pitch, 0)
