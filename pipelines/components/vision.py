@@ -183,7 +183,7 @@ def draw_step(painter: BatchPainter, recipe: VisionRecipe, step: int) -> tuple[P
         batch = painter.frame_pairs(recipe.batch, any_ink="colour" not in kind)
         return batch, batch.captions(kind)
     native = step >= round(recipe.native_from * recipe.steps)
-    looks = ("large", "scene", "small") if motion else ("large", "scene") if native else ("large",)
+    looks = ("large", *(("scene",) if native else ()), *(("small",) if motion else ()))
     group, turn = divmod(step // 2 if motion else step, len(recipe.picture_kinds))
     kind, look = recipe.picture_kinds[turn], looks[group % len(looks)]
     any_ink = "colour" not in kind
@@ -233,6 +233,8 @@ def make_card(
     """What was trained, on what, how well: beside the weights as ``card.json``."""
     train = glyphs.train
     options = f"--steps {recipe.steps} --seed {seed}"
+    if recipe.native_from != VisionRecipe().native_from:
+        options += f" --native-from {recipe.native_from:g}"
     if recipe.teacher_steps:
         options += f" --teacher-steps {recipe.teacher_steps}"
     data = f"{REAL_DATA_VARIABLE}=FOLDER " if len(glyphs.held_out_mnist) else ""
@@ -281,11 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimiser steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default %(default)s)")
     parser.add_argument(
+        "--native-from", type=float, default=0.35, help="share of the steps after which wide pictures join; 1 for never"
+    )
+    parser.add_argument(
         "--teacher-steps", type=int, default=0, help="train a convolutional teacher so long and distil from it"
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    recipe = VisionRecipe(steps=options.steps, teacher_steps=options.teacher_steps)
+    recipe = VisionRecipe(steps=options.steps, native_from=options.native_from, teacher_steps=options.teacher_steps)
     folder = os.environ.get(REAL_DATA_VARIABLE)
     try:
         card = train_vision(
