@@ -71,8 +71,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, quiet: bool = False) 
         if point.step >= recipe.total_steps:
             return _result(out, point.step, recipe, started)
         save_recipe(recipe, out / "recipe.yaml")
-        stop = stack.enter_context(stop_signals())
         stack.enter_context(local_or_joined())
+        stop = stack.enter_context(stop_signals())  # after ray.init, which sets a SIGTERM handler of its own
         run = _Run(recipe, out, root, point.step, point.checkpoint, quiet)
         stack.callback(run.close)
         done = run.steps(stop)
