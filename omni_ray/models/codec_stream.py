@@ -9,8 +9,9 @@ Legend: D input width, C channels of a stage, T samples a frame of a stage, K = 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -133,21 +134,25 @@ class FrameDecoder:
     """The decoder of a codec with weight norms folded, ready to run frame by frame on CPU in fp32."""
 
     def __init__(self, decoder: AudioDecoder) -> None:
-        self.width = decoder.conv_in.in_channels
+        conv_in: Any = decoder.conv_in
+        lstms: Iterable[Any] = decoder.glstm.lstms
+        norms: Iterable[Any] = decoder.glstm.norms
+        stages: Iterable[Any] = decoder.stages
+        self.width: int = conv_in.in_channels
         self.lstms = [
             (
                 torch.cat([lstm.weight_ih_l0, lstm.weight_hh_l0], dim=1).detach().float().t().contiguous(),
                 (lstm.bias_ih_l0 + lstm.bias_hh_l0).detach().float(),
             )
-            for lstm in decoder.glstm.lstms
+            for lstm in lstms
         ]
-        self.norms = [(norm.weight.detach().float(), norm.bias.detach().float()) for norm in decoder.glstm.norms]
-        weight_OCK, bias_O = folded_weight(decoder.conv_in)
+        self.norms = [(norm.weight.detach().float(), norm.bias.detach().float()) for norm in norms]
+        weight_OCK, bias_O = folded_weight(conv_in)
         self.in_weight = weight_OCK.permute(2, 1, 0).reshape(-1, weight_OCK.shape[0]).contiguous()
         self.in_bias = bias_O
         self.stages: list[_PackedStage] = []
         frame, rows_are_time = 1, True
-        for stage in decoder.stages:
+        for stage in stages:
             frame *= stage.rate
             self.stages.append(_PackedStage(stage, frame, rows_are_time))
             rows_are_time = self.stages[-1].rows_are_time
@@ -195,13 +200,13 @@ class FrameDecoder:
     def render(self, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Sound of the frame in the middle of the window: [1440], and the next state."""
         x = torch.addmm(self.in_bias, state.window_7D.reshape(1, -1), self.in_weight)
-        pasts, new_pasts = list(state.pasts), []
+        pasts = list(state.pasts)
+        new_pasts: list[Tensor] = []
         for stage in self.stages:
             x = stage(x, pasts, new_pasts)
         x, past = self.conv_out(self.snake_out(x), pasts[-1])
         state = DecoderState(lstm=state.lstm, window_7D=state.window_7D, pasts=(*new_pasts, past))
         return x.reshape(-1).tanh_(), state
-
 
 
 class CodecStream:

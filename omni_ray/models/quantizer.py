@@ -6,7 +6,9 @@ Source: LongCat-Audio-Codec report, adaptive grouped residual vector quantisatio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,8 @@ class QuantizerLevel(nn.Module):
     def forward(self, residual_BZT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Quantise a residual: output [B, Z, T], codes [B, T], commit loss, codebook loss."""
         parts, codes, commit, codebook = [], [], residual_BZT.new_zeros(()), residual_BZT.new_zeros(())
-        for project, book, out in zip(self.project_in, self.codebooks, self.project_out, strict=True):
+        groups: Iterable[Any] = zip(self.project_in, self.codebooks, self.project_out, strict=True)
+        for project, book, out in groups:
             x_BPT = project(residual_BZT)
             index_BT = book.nearest(x_BPT)
             entry_BPT = book.read(index_BT)
@@ -74,7 +77,7 @@ class QuantizerLevel(nn.Module):
     def read(self, codes_BT: Tensor) -> Tensor:
         """Output of the level for known codes; [B, Z, T]."""
         split = (codes_BT // self.group_codes, codes_BT % self.group_codes)
-        pairs = zip(self.codebooks, self.project_out, split, strict=True)
+        pairs: Iterable[Any] = zip(self.codebooks, self.project_out, split, strict=True)
         return torch.cat([out(book.read(index_BT)) for book, out, index_BT in pairs], dim=1)
 
 
@@ -118,5 +121,6 @@ class Quantizer(nn.Module):
         count = codes_BTL.shape[-1]
         if not 1 <= count <= len(self.levels):
             raise RequestError(f"{count} acoustic codebooks given; this codec decodes 1 to {len(self.levels)}")
-        parts = [level.read(codes_BTL[..., number]) for number, level in enumerate(self.levels) if number < count]
+        levels: Iterable[Any] = self.levels
+        parts = [level.read(codes_BTL[..., number]) for number, level in enumerate(levels) if number < count]
         return torch.stack(parts).sum(dim=0)
