@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_ray.models.fbank import Fbank, mel_of_hz
-from pipelines.components.audio_material import SAMPLE_RATE_HZ, Clip
+from pipelines.components.audio_material import Clip
 
 # B clips, S samples, T fbank frames, M mel bins
 NEPERS_PER_DB = 0.2302585
@@ -94,7 +94,7 @@ class SpeechBatcher:
         factor = float(self._uniform(1 - self._to.speed, 1 + self._to.speed))
         size = max(1600, round(len(wave_S) / factor))
         changed_S = F.interpolate(wave_S[None, None], size=size, mode="linear", align_corners=False)[0, 0]
-        before, after = (self._uniform(0, self._to.lead_s * SAMPLE_RATE_HZ, 2)).int().tolist()
+        before, after = (self._uniform(0, self._to.lead_s * self._fbank.sample_rate_hz, 2)).int().tolist()
         return F.pad(changed_S, (before, after))
 
     def _features(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,34 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni_ray.data.audio import resample
+from omni_ray.data.audio import Wave, resample
+from omni_ray.data.tiny_world.clips import CLIP_RATE_HZ, ClipBook, lists_of, spoken_questions
+from omni_ray.data.tiny_world.corpus import knowledge
 from omni_ray.data.tiny_world.speech import (
     ASSISTANT_VOICE,
     HELD_OUT_VOICES,
     TRAIN_VOICES,
+    Utterance,
     Voice,
     load_human_digits,
-    speak,
 )
 from omni_ray.data.tiny_world.words import DIGITS, all_words, pairs, phrase
-
-SAMPLE_RATE_HZ = 16000
-
-SENTENCES: tuple[str, ...] = (
-    "which digit is it",
-    "which digit do you see",
-    "which digit do you hear",
-    "what colour is it",
-    "what colour is the digit",
-    "which way does it move",
-    "what do you hear",
-    "what do you see",
-    "what did you hear",
-    "what is in the picture",
-    "say the digit and the colour",
-    "repeat the words",
-)
-"""Spoken questions; their words and the world's content words are the CTC units."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +42,11 @@ class Clip:
     """Unique name."""
 
 
+@functools.cache
 def vocabulary() -> tuple[str, ...]:
-    """CTC units: the blank (id 0), then content words and the other words of the sentences in first-seen order."""
-    spoken = [word for sentence in SENTENCES for word in sentence.split()]
-    return ("<blank>", *dict.fromkeys((*all_words(), *spoken)))
+    """CTC units: the blank (id 0), then content words and all other spoken words in a fixed order."""
+    asked = [*spoken_questions(), *(question for question, _ in knowledge()), "say"]
+    return ("<blank>", *dict.fromkeys((*all_words(), *(word for text in asked for word in text.split()))))
 
 
 def training_clips(real_data: Path | None, hold_out: str = "yweweler", also_out: Sequence[str] = ()) -> list[Clip]:
@@ -75,19 +61,25 @@ def training_clips(real_data: Path | None, hold_out: str = "yweweler", also_out:
         DataError: a speech package is missing, the recordings are damaged, or nobody is called ``hold_out``.
     """
     people = [u for u in load_human_digits(real_data, hold_out).train if u.speaker not in also_out]
-    clips = [_clip(u.wave, u.rate, DIGITS[u.digit], "human", u.speaker, u.id) for u in people]
-    clips += _spoken(TRAIN_VOICES, [*all_words(), *SENTENCES, *(phrase(*pair) for pair in pairs(held_out=False))])
-    # The assistant's voice is part of the world: the model will hear itself on sound tracks.
-    return clips + list(_say_all(ASSISTANT_VOICE, [*all_words(), *SENTENCES]))
+    book = ClipBook()
+    clips = [_human(utterance) for utterance in people]
+    for voice in TRAIN_VOICES:
+        # The same speaker twice, the second time higher or lower and in more of a hurry.
+        hurried = replace(voice, words_per_minute=voice.words_per_minute + 45, pitch=(voice.pitch + 35) % 100)
+        for said in (voice, hurried):
+            clips += _say_all(book, said, [text for texts in lists_of(said) for text in texts])
+    # The assistant's voice is part of the world: the model will hear itself.
+    own = (*all_words(), *(phrase(*pair) for pair in pairs(held_out=False)))
+    return clips + list(_say_all(book, ASSISTANT_VOICE, own))
 
 
 def held_out_clips(real_data: Path | None, hold_out: str = "yweweler") -> dict[str, list[Clip]]:
-    """Clips of every figure: ``human`` (may be empty), ``synthetic`` single words, ``sentences``."""
-    people = load_human_digits(real_data, hold_out).held_out
+    """Clips of every figure: ``human`` (may be empty), ``synthetic`` digits, ``sentences`` (questions)."""
+    book = ClipBook()
     return {
-        "human": [_clip(u.wave, u.rate, DIGITS[u.digit], "human", u.speaker, u.id) for u in people],
-        "synthetic": [clip for voice in HELD_OUT_VOICES for clip in _say_all(voice, DIGITS)],
-        "sentences": [clip for voice in HELD_OUT_VOICES for clip in _say_all(voice, SENTENCES)],
+        "human": [_human(utterance) for utterance in load_human_digits(real_data, hold_out).held_out],
+        "synthetic": [clip for voice in HELD_OUT_VOICES for clip in _say_all(book, voice, DIGITS)],
+        "sentences": [clip for voice in HELD_OUT_VOICES for clip in _say_all(book, voice, spoken_questions())],
     }
 
 
@@ -100,28 +92,18 @@ def digest(clips: Iterable[Clip]) -> str:
     return whole.hexdigest()
 
 
-def _spoken(voices: Sequence[Voice], texts: Sequence[str]) -> list[Clip]:
-    """Every voice says every single word twice at its own and another pitch and pace, and a share of the rest."""
-    singles = [text for text in texts if " " not in text]
-    longer = [text for text in texts if " " in text]
-    clips: list[Clip] = []
-    for i, voice in enumerate(voices):
-        share = longer[i % 3 :: 3]
-        other = replace(voice, words_per_minute=voice.words_per_minute + 45, pitch=(voice.pitch + 35) % 100)
-        clips += _say_all(voice, [*singles, *share])
-        clips += _say_all(other, singles)
-    return clips
+def _human(utterance: Utterance) -> Clip:
+    wave = resample(utterance.wave, utterance.rate, CLIP_RATE_HZ, utterance.id)
+    return _clip(wave, DIGITS[utterance.digit], "human", utterance.speaker, utterance.id)
 
 
-def _say_all(voice: Voice, texts: Sequence[str]) -> Iterator[Clip]:
+def _say_all(book: ClipBook, voice: Voice, texts: Sequence[str]) -> Iterator[Clip]:
     for text in texts:
-        wave, rate = speak(text, voice)
         kind = "sentence" if " " in text else "word"
         name = f"{voice.name}/{voice.words_per_minute}/{voice.pitch}/{text.replace(' ', '-')}"
-        yield _clip(wave, rate, text, kind, voice.name, name)
+        yield _clip(book.wave(voice, text), text, kind, voice.name, name)
 
 
-def _clip(wave: np.ndarray, rate: int, text: str, kind: str, source: str, name: str) -> Clip:
-    samples = wave if rate == SAMPLE_RATE_HZ else resample(wave, rate, SAMPLE_RATE_HZ, name)
-    wave_S = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
+def _clip(wave: Wave, text: str, kind: str, source: str, name: str) -> Clip:
+    wave_S = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
     return Clip(wave_S=wave_S, words=tuple(text.split()), kind=kind, source=source, id=name)
