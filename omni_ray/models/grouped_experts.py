@@ -7,6 +7,7 @@ Zero-computation experts never enter: their share of a token is added as ``u * (
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -30,7 +31,17 @@ def grouped_mm(x: Tensor, weight: Tensor, ends_N: Tensor) -> Tensor:
     Returns:
         [M, B], or [N, A, B].
     """
-    return F.grouped_mm(x, weight, offs=ends_N)
+    if _aligned(x) and _aligned(weight):
+        return F.grouped_mm(x, weight, offs=ends_N)
+    bounds = list(itertools.pairwise([0, *ends_N.tolist()]))
+    if weight.dim() == 2:
+        return torch.stack([x[:, start:end] @ weight[start:end] for start, end in bounds])
+    return torch.cat([x[start:end] @ weight[group] for group, (start, end) in enumerate(bounds)])
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, which the grouped kernel asks for in half precision."""
+    return all(stride == 1 or stride * tensor.element_size() % 16 == 0 for stride in tensor.stride())
 
 
 class _GroupedExperts(torch.autograd.Function):

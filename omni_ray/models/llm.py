@@ -206,8 +206,12 @@ class LanguageModel(nn.Module):
         Raises:
             CheckpointError: missing files; a tensor missing, foreign or of another shape (named, with both shapes).
         """
-        model = cls(weights.read_config(Path(folder)))
-        weights.load_language(model, model.config, Path(folder))
+        config, dtype = weights.read_config(Path(folder)), weights.read_dtype(Path(folder))
+        # On the meta device first: the only memory ever taken is that of the weights themselves.
+        with torch.device("meta"):
+            model = cls(config)
+        model = model.to(dtype).to_empty(device="cpu")
+        weights.load_language(model, config, Path(folder))
         return model
 
     def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = weights.SHARD_BYTES) -> None:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,15 @@ class Router(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, experts, bias=False)
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Casting a model leaves its router in fp32: rounded scores would choose other experts.
+        fp32 = (self.classifier.weight.detach(), self.e_score_correction_bias.detach())
+        super()._apply(fn, recurse)
+        for before, after in zip(fp32, (self.classifier.weight, self.e_score_correction_bias), strict=True):
+            if after.dtype != before.dtype:
+                after.data = before.to(after.device)
+        return self
 
     def forward(self, u_TH: Tensor) -> Routing:
         """Source: models.md section 4, router."""

@@ -136,7 +136,8 @@ class _Heads:
         scores = torch.baddbmm(hidden_XY, q_BXd[..., : self.nope], k_BYn.transpose(1, 2))
         keys_SRY = self.k_rope_SLR[:, :end].transpose(1, 2)
         self.shared(scores).baddbmm_(self.shared(q_BXd[..., self.nope :]), keys_SRY)
-        out = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        out = scores.softmax(dim=-1, dtype=wide).to(scores.dtype)
         padded = self.rectangle.padded
         if padded is not None and end - start == self.rectangle.length:
             out.view(-1, end).index_fill_(0, padded, 0.0)

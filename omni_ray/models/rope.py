@@ -25,7 +25,7 @@ def rope_tables(positions_T: Tensor, dim: int, base: float) -> tuple[Tensor, Ten
 
 
 class Turn:
-    """Cosine and sine of rows to rotate; rotates pairs (2i, 2i+1) of the last dim in place, in fp32."""
+    """Cosine and sine of rows to rotate; rotates pairs (2i, 2i+1) of the last dim in place, in fp32 at least."""
 
     def __init__(self, cos_RP: Tensor, sin_RP: Tensor) -> None:
         self.cos_RP, self.sin_RP = cos_RP, sin_RP
@@ -42,7 +42,8 @@ class Turn:
             pairs_RP.mul_(self._phase_RP.conj() if back else self._phase_RP)
             return
         sin_RP = -self.sin_RP if back else self.sin_RP
-        even_RP, odd_RP = x_RD[:, 0::2].float(), x_RD[:, 1::2].float()
+        wide = torch.promote_types(x_RD.dtype, torch.float32)
+        even_RP, odd_RP = x_RD[:, 0::2].to(wide), x_RD[:, 1::2].to(wide)
         turned_even, turned_odd = even_RP * self.cos_RP - odd_RP * sin_RP, odd_RP * self.cos_RP + even_RP * sin_RP
         x_RD[:, 0::2] = turned_even
         x_RD[:, 1::2] = turned_odd

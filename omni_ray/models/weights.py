@@ -300,6 +300,20 @@ def read_config(folder: Path) -> LanguageConfig:
     return LanguageConfig(**raw)
 
 
+def read_dtype(folder: Path) -> torch.dtype:
+    """Number format of a folder's weights (``dtype``, formerly ``torch_dtype``); fp32 where none is named.
+
+    Raises:
+        CheckpointError: a format that is not float32, bfloat16 or float16.
+    """
+    raw = json.loads((folder / "config.json").read_text())
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise CheckpointError(f"{folder / 'config.json'} has dtype {name!r}; {', '.join(known)} are read")
+    return known[name]
+
+
 _NEEDED = {
     "vocab_size",
     "hidden_size",
