@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from omni_ray.config.model import VisionConfig
 from omni_ray.types.errors import MediaError
@@ -153,6 +153,8 @@ def _open(raw: bytes, name: str) -> Image.Image:
             image = Image.open(io.BytesIO(raw), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name} is too large a picture ({error}); scale it below {MAX_PIXELS} pixels") from error
+    except UnidentifiedImageError as error:  # its text holds an address in memory
+        raise MediaError(f"{name} is not a picture that can be read; send png, jpeg or webp") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise MediaError(f"{name} is not a picture that can be read ({error}); send png, jpeg or webp") from error
     if image.width * image.height > MAX_PIXELS:

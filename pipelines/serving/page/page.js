@@ -9,6 +9,7 @@ const PLAIN_PICTURES = ["image/png", "image/jpeg", "image/webp", "image/bmp"];
 let added = [];   // {name, kind, part, show}: kind image | audio | video, part for the request, show an address to look at
 let history = []; // earlier turns as request messages
 let busy = false;
+const fileNames = new WeakMap(); // of the parts that were made from files
 
 function sayError(sentence) {
   $("error").textContent = sentence;
@@ -85,7 +86,9 @@ async function addFile(file) {
   const makers = { image: picturePart, audio: soundPart, video: filmPart };
   if (!makers[kind]) return sayError(`${file.name} is neither a picture, a sound nor a film.`);
   try {
-    added.push({ name: file.name, kind, part: await makers[kind](file), show: URL.createObjectURL(file) });
+    const part = await makers[kind](file);
+    fileNames.set(part, file.name);
+    added.push({ name: file.name, kind, part, show: URL.createObjectURL(file) });
     showFiles();
     $("text").focus();
   } catch {
@@ -116,6 +119,7 @@ function player(kind, address, label) {
   } else {
     element.controls = true;
     element.setAttribute("aria-label", label);
+    if (kind === "video") element.onloadedmetadata = () => element.classList.toggle("small", element.videoWidth < 240);
   }
   return element;
 }
@@ -151,8 +155,15 @@ async function request(messages, speech) {
   }
   let answer = null;
   try { answer = await reply.json(); } catch { /* an answer without a body of ours */ }
-  if (!reply.ok) throw new Error(answer?.error?.message || `The server answered with status ${reply.status}.`);
+  if (!reply.ok) throw new Error(inFileNames(answer?.error, messages) || `The server answered with status ${reply.status}.`);
   return answer;
+}
+
+// The server names a part as messages[0].content[1]; a reader knows it by the file's name.
+function inFileNames(error, messages) {
+  const place = /^messages\[(\d+)\]\.content\[(\d+)\]/.exec(error?.message ?? "");
+  const name = place && fileNames.get(messages[place[1]]?.content?.[place[2]]);
+  return name ? name + error.message.slice(place[0].length) : error?.message;
 }
 
 function showAnswer(answer, seconds) {
@@ -177,7 +188,7 @@ async function ask(event) {
   sayError("");
   const content = [...added.map((item) => item.part), ...(text ? [{ type: "text", text }] : [])];
   const question = { role: "user", content };
-  turn("mine", ...added.map((item) => player(item.kind, item.show, item.name)), ...(text ? [paragraph(text)] : []));
+  const asked = turn("mine", ...added.map((item) => player(item.kind, item.show, item.name)), ...(text ? [paragraph(text)] : []));
   const kept = { text: $("text").value, added };
   $("text").value = "";
   added = [];
@@ -190,10 +201,11 @@ async function ask(event) {
     const said = showAnswer(answer, (performance.now() - began) / 1000);
     history.push(question, { role: "assistant", content: said });
   } catch (error) {
-    sayError(error.message);
-    $("text").value = kept.text; // nothing is lost: mend it and ask again
+    asked.remove(); // it stands in the form again: mend it and ask once more
+    $("text").value = kept.text;
     added = kept.added;
     showFiles();
+    sayError(error.message);
   } finally {
     setBusy(false);
     $("text").focus();
