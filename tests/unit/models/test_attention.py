@@ -28,10 +28,10 @@ def cu_of(lengths: list[int]) -> list[int]:
 def plain_attention(q: Tensor, kv: Tensor, k_rope: Tensor, lengths: list[int]) -> Tensor:
     """The equation, one sequence and head at a time."""
     cos, sin = rope_tables(torch.cat([torch.arange(n) for n in lengths]), ROPE, 50.0)
-    phase = torch.complex(cos, sin)
 
     def rotate(x: Tensor) -> Tensor:
-        return torch.view_as_real(torch.complex(x[..., 0::2].contiguous(), x[..., 1::2].contiguous()) * phase).flatten(
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
             -2
         )
 
