@@ -32,8 +32,6 @@ def plain_attention(q: Tensor, kv: Tensor, k_rope: Tensor, lengths: list[int]) -
     def rotate(x: Tensor) -> Tensor:
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-            -2
-        )
 
     outs = []
     for start, end in pairwise(cu_of(lengths)):
