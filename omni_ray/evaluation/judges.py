@@ -159,9 +159,7 @@ def words_right(said: Sequence[str], heard: Sequence[str]) -> int:
         for column, answer in enumerate(heard, start=1):
             edits, found = best[column - 1]
             match = (edits, found - 1) if word == answer else (edits + 1, found)
-            new.append(
-                min(match, (best[column][0] + 1, best[column][1]), (new[-1][0] + 1, new[-1][1]))
-            )
+            new.append(min(match, (best[column][0] + 1, best[column][1]), (new[-1][0] + 1, new[-1][1])))
         best = new
     return -best[-1][1]
 

@@ -83,7 +83,9 @@ class AudioDecoder(nn.Module):
         rates = config.decoder_rates_24k if self.causal else config.decoder_rates_16k
         channels, width = config.decoder_dim, config.semantic_dim + config.latent_dim
         if channels % 2 ** len(rates):
-            raise ConfigError(f"codec.decoder_dim is {channels}; it halves {len(rates)} times, so divide by 2 each time")
+            raise ConfigError(
+                f"codec.decoder_dim is {channels}; it halves {len(rates)} times, so divide by 2 each time"
+            )
         self.semantic = nn.Embedding(config.semantic_codes, config.semantic_dim)
         self.glstm = GatedLSTM(width)
         self.conv_in = normed_conv(width, channels, KERNEL, padding=KERNEL // 2)

@@ -1,6 +1,7 @@
 """Encoder side of the codec: a semantic branch (words) and an acoustic branch (how they sound).
 
-Legend: B clips, F fbank frames (10 ms), C mel bins, D semantic width, N codec frames (60 ms), S samples, Z latent width.
+Legend: B clips, F fbank frames (10 ms), C mel bins, D semantic width, N codec frames (60 ms), K centres, S samples,
+Z latent width.
 Source: LongCat-Audio-Codec report, semantic and acoustic encoders; models.md section 3.
 """
 

@@ -41,11 +41,11 @@ class Codec(nn.Module):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        if config.output_hop * config.sample_rate_hz != config.hop * config.output_rate_hz:
+        expected_hop = config.hop * config.output_rate_hz / config.sample_rate_hz
+        if config.output_hop != expected_hop:
             raise ConfigError(
                 f"codec.decoder_rates_24k give {config.output_hop} samples a frame, yet a frame of {config.hop} at "
-                f"{config.sample_rate_hz} Hz lasts as long as {config.hop * config.output_rate_hz / config.sample_rate_hz:g} "
-                f"at {config.output_rate_hz} Hz; make them equal"
+                f"{config.sample_rate_hz} Hz lasts {expected_hop:g} at {config.output_rate_hz} Hz; make them equal"
             )
         self.config = config
         self.fbank = Fbank(config.num_mels, sample_rate_hz=config.sample_rate_hz)
@@ -91,7 +91,9 @@ class Codec(nn.Module):
         # Every clip has a zero tail up to a whole frame; a very short one gets a few frames of silence to stand in.
         padded = max(frames, MIN_FRAMES) * self.config.hop
         wave_S = torch.nn.functional.pad(wave_S, (0, padded - wave_S.shape[0]))
-        segments = [self._encode_segment(wave_S, *span) for span in segment_spans(padded // self.config.hop, self.config)]
+        segments = [
+            self._encode_segment(wave_S, *span) for span in segment_spans(padded // self.config.hop, self.config)
+        ]
         return torch.cat(segments)[:frames].cpu()
 
     def _encode_segment(self, wave_S: Tensor, start: int, keep_from: int, keep_to: int, end: int) -> Tensor:

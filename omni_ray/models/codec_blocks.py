@@ -13,6 +13,8 @@ DILATIONS = (1, 3, 9)
 """Of the three residual units of a stage; together they see 6 * (1 + 3 + 9) samples to one side when causal."""
 KERNEL = 7
 EPSILON = 1e-9
+BRANCH_GAIN = 0.2
+"""Start strength of a residual branch."""
 
 
 class _SnakeFunction(torch.autograd.Function):
@@ -60,10 +62,12 @@ class Snake(nn.Module):
         return _SnakeFunction.apply(x_BCT, self.alpha)
 
 
-def normed_conv(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0) -> nn.Module:
+def normed_conv(
+    in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, gain: float = 1.0
+) -> nn.Module:
     """Weight-normed Conv1d, orthogonal start."""
     conv = nn.Conv1d(in_channels, out_channels, kernel, stride=stride, padding=padding)
-    return weight_norm(_orthogonal(conv))
+    return weight_norm(_orthogonal(conv, gain))
 
 
 def normed_transposed_conv(
@@ -76,10 +80,10 @@ def normed_transposed_conv(
     return weight_norm(conv)
 
 
-def _orthogonal(conv: nn.Conv1d) -> nn.Conv1d:
+def _orthogonal(conv: nn.Conv1d, gain: float) -> nn.Conv1d:
     # A meta tensor has no values to orthogonalise; it only counts parameters.
     if conv.weight.device.type != "meta":
-        nn.init.orthogonal_(conv.weight)
+        nn.init.orthogonal_(conv.weight, gain)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
     return conv
@@ -96,7 +100,8 @@ class ResidualUnit(nn.Module):
         self.wide = normed_conv(channels, channels, KERNEL)
         self.wide.dilation = (dilation,)  # type: ignore[assignment]
         self.snake_mid = Snake(channels)
-        self.point = normed_conv(channels, channels, 1)
+        # Snake only ever adds, so units that start at full strength make the signal grow from unit to unit.
+        self.point = normed_conv(channels, channels, 1, gain=BRANCH_GAIN)
 
     def forward(self, x_BCT: Tensor) -> Tensor:
         """[B, C, T] in, [B, C, T] out."""

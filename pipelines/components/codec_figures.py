@@ -1,0 +1,88 @@
+"""Figures of a codec: words that independent recognisers hear in reconstructions, beside the originals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from omni_ray.data.tiny_world.words import COLOURS, DIGITS, all_words
+from omni_ray.evaluation.judges import Grammar, GrammarJudge, Judge, OpenJudge, WordScore, judge_clips
+from omni_ray.models.codec import Codec
+from pipelines.components.codec_losses import FULL_BAND, SpectralLoss
+from pipelines.components.codec_material import Clip
+
+PAIR = Grammar(slots=(tuple(COLOURS), DIGITS))
+TRIPLE = Grammar(slots=(tuple(COLOURS), DIGITS, ("left", "right", "up", "down")))
+DIGIT = Grammar(slots=(DIGITS,))
+LOOSE = Grammar(slots=(("a", "i", "is", "it", "say", "see", "hear", "the", *all_words()),), loop=True)
+GRAMMARS = {
+    "assistant_pairs": PAIR,
+    "assistant_carried": LOOSE,
+    "assistant_triples": TRIPLE,
+    "synthetic_pairs": PAIR,
+    "human_digits": DIGIT,
+}
+"""What the grammar judge may answer for each set of clips."""
+
+
+def codec_figures(
+    codec: Codec, held_out: dict[str, list[Clip]], *, open_judge: bool = False, codebooks: Sequence[int] = (4,)
+) -> dict[str, Any]:
+    """Word accuracy of originals and reconstructions by set, judge and number of codebooks, and the mel distance.
+
+    ``codec_word_accuracy_ratio``: grammar judge over the assistant's unseen pairs and triples, rebuilt / original.
+    """
+    figures: dict[str, Any] = {}
+    for name, clips in held_out.items():
+        if not clips:
+            continue
+        made = {count: [rebuilt(codec, clip, count) for clip in clips] for count in codebooks}
+        judges: list[Judge] = [GrammarJudge(GRAMMARS[name])]
+        if open_judge:
+            judges.append(OpenJudge())
+        entry: dict[str, Any] = {"clips": len(clips), "chance": round(GRAMMARS[name].chance(), 3)}
+        entry["spectral_loss"] = round(spectral_distance(clips, made[max(codebooks)]), 4)
+        for judge in judges:
+            entry[judge.name] = {"original": _told(_heard(judge, clips, [clip.output_S for clip in clips]))}
+            for count in codebooks:
+                entry[judge.name][f"codebooks_{count}"] = _told(_heard(judge, clips, made[count]))
+        figures[name] = entry
+    figures["codec_word_accuracy_ratio"] = word_ratio(figures, ("assistant_pairs", "assistant_triples"), max(codebooks))
+    return figures
+
+
+def rebuilt(codec: Codec, clip: Clip, codebooks: int) -> torch.Tensor:
+    """The clip through the codec; 24 kHz."""
+    return codec.decode(codec.encode(clip.input_S, codec.config.sample_rate_hz)[:, :codebooks])
+
+
+def spectral_distance(clips: Sequence[Clip], made: Sequence[torch.Tensor]) -> float:
+    """Mean of the training loss of the last stage over whole clips."""
+    loss = SpectralLoss(FULL_BAND, 24000)
+    values = []
+    for clip, wave_S in zip(clips, made, strict=True):
+        length = min(len(clip.output_S), len(wave_S))
+        values.append(float(loss(wave_S[None, :length], clip.output_S[None, :length])))
+    return sum(values) / len(values)
+
+
+def word_ratio(figures: dict[str, Any], names: Sequence[str], codebooks: int) -> float:
+    """Words heard in reconstructions / words heard in originals, by the grammar judge."""
+    entries = [figures[name]["pocketsphinx grammar"] for name in names if name in figures]
+    original = sum(entry["original"]["heard"] for entry in entries)
+    return round(sum(entry[f"codebooks_{codebooks}"]["heard"] for entry in entries) / max(1, original), 4)
+
+
+def _heard(judge: Judge, clips: Sequence[Clip], waves: Sequence[torch.Tensor]) -> WordScore:
+    return judge_clips(judge, [(wave_S.numpy(), 24000) for wave_S in waves], [clip.words for clip in clips])
+
+
+def _told(score: WordScore) -> dict[str, Any]:
+    return {
+        "words": score.words,
+        "heard": score.heard,
+        "word_accuracy": round(score.accuracy, 4),
+        "exact": round(score.exact_share, 4),
+    }

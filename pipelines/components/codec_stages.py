@@ -1,0 +1,252 @@
+"""The codec's acoustic training: encoder and quantiser against mel frames, then the decoder from low to full band.
+
+1. *latents*: acoustic encoder + AGRVQ + GLSTM, judged by how well a linear read-out gives the clip's mel frames. Far
+   cheaper than going through the upsampler, and its gradient is good from the first step.
+2. *low band*: encoder and quantiser frozen (as in the report's stage 2); GLSTM and the upsampler up to 4.8 kHz learn
+   the voice, its pitch and the first formants.
+3. *full band*: the whole 24 kHz decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni_ray.models.codec import Codec
+from omni_ray.models.codec_blocks import KERNEL
+from omni_ray.models.resample import resample
+from pipelines.components.codec_losses import FULL_BAND, LOW_BAND, SpectralLoss
+from pipelines.components.codec_material import Clip, by_kind
+from pipelines.components.codec_semantic import whole_frames
+
+FBANK_PER_FRAME = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecipe:
+    """One stage of acoustic training."""
+
+    steps: int
+    """Optimiser steps."""
+    batch: int
+    """Crops a step."""
+    frames: int
+    """Codec frames of a crop (60 ms each)."""
+    lr: float
+    """Peak of the one-cycle schedule (AdamW)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A batch of crops."""
+
+    input_BS: Tensor
+    """16 kHz, [B, 960 N]."""
+    output_BS: Tensor
+    """24 kHz, [B, 1440 N]."""
+    codes_BNK: Tensor
+    """Codes [B, N, 1 + levels known so far]."""
+
+
+class Cropper:
+    """Draws crops in a fixed random order; the assistant's voice most often."""
+
+    def __init__(self, clips: Sequence[Clip], codes: Sequence[Tensor], codec: Codec, *, seed: int) -> None:
+        config = codec.config
+        self.hop, self.output_hop = config.hop, config.output_hop
+        self.inputs = [whole_frames(clip.input_S, self.hop) for clip in clips]
+        self.outputs = [
+            fitted(clip.output_S, len(wave) // self.hop * self.output_hop)
+            for clip, wave in zip(clips, self.inputs, strict=True)
+        ]
+        self.codes = codes
+        self.kinds = by_kind(clips)
+        self.chance = torch.Generator().manual_seed(seed)
+
+    def draw(self, batch: int, frames: int) -> Cut:
+        """Half the crops are the assistant's, a quarter each other kind's (the assistant's where there is none)."""
+        places = [self._place(("assistant", "synthetic", "assistant", "human")[i % 4]) for i in range(batch)]
+        spans = [self._span(len(self.codes[place]), frames) for place in places]
+        return Cut(
+            input_BS=self._stack(self.inputs, places, spans, self.hop),
+            output_BS=self._stack(self.outputs, places, spans, self.output_hop),
+            codes_BNK=self._stack(self.codes, places, spans, 1),
+        )
+
+    @classmethod
+    def _stack(cls, rows: Sequence[Tensor], places: list[int], spans: list[tuple[int, int]], unit: int) -> Tensor:
+        return torch.stack([cls._cut(rows[place], span, unit) for place, span in zip(places, spans, strict=True)])
+
+    def _place(self, kind: str) -> int:
+        group = self.kinds.get(kind) or self.kinds["assistant"]
+        return group[int(torch.randint(0, len(group), (), generator=self.chance))]
+
+    def _span(self, length: int, frames: int) -> tuple[int, int]:
+        # One draw in three is the clip's start, where the decoder wakes from silence.
+        room = max(0, length - frames)
+        start = int(torch.randint(-(room // 2) - 1, room + 1, (), generator=self.chance))
+        return max(0, start), frames
+
+    @staticmethod
+    def _cut(row: Tensor, span: tuple[int, int], unit: int) -> Tensor:
+        start, frames = span
+        return fitted(row[start * unit : (start + frames) * unit], frames * unit)
+
+
+def fitted(row: Tensor, length: int) -> Tensor:
+    """The first ``length`` entries, the last frame of codes or silence repeated where there are fewer."""
+    missing = length - row.shape[0]
+    if missing <= 0:
+        return row[:length]
+    if row.is_floating_point():
+        return F.pad(row, (0, missing))
+    return torch.cat([row, row[-1:].expand(missing, *row.shape[1:])])
+
+
+def train_latents(
+    codec: Codec, cropper: Cropper, recipe: StageRecipe, *, seed: int, log: Callable[[str], None]
+) -> None:
+    """Stage 1: encoder, quantiser and GLSTM against mel frames; ends with the encoder side frozen."""
+    config = codec.config
+    readout = nn.Conv1d(config.decoder_dim, FBANK_PER_FRAME * config.num_mels, 1)
+    front = [codec.decoder.semantic, codec.decoder.glstm, codec.decoder.conv_in]
+    trained = [*codec.acoustic.parameters(), *codec.quantizer.parameters(), *readout.parameters()]
+    trained += [weight for part in front for weight in part.parameters()]
+    chance = torch.Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        cut = cropper.draw(recipe.batch, recipe.frames)
+        with torch.no_grad():
+            fbank_BFC = codec.fbank(cut.input_BS)
+            target_BFC = (fbank_BFC - codec.semantic.mean_C) * codec.semantic.scale_C
+        latents_BZN = codec.acoustic(cut.input_BS.unsqueeze(1))
+        if step == 0 or (step % 20 == 0 and step < recipe.steps // 2):
+            revive(codec, latents_BZN.detach(), chance, everything=step == 0)
+        quantized = codec.quantizer(latents_BZN, dropped_levels(recipe.batch, config.levels, chance))
+        hidden_BCN = front_end(codec, cut.codes_BNK[..., 0], quantized.values_BZT)
+        made_BFC = readout(hidden_BCN).transpose(1, 2).reshape(recipe.batch, -1, config.num_mels)
+        mel = (made_BFC[:, : target_BFC.shape[1]] - target_BFC).abs().mean()
+        return mel + 0.25 * quantized.commit_loss + quantized.codebook_loss
+
+    optimise("latents", trained, recipe, loss_of, log)
+
+
+def train_low_band(
+    codec: Codec, cropper: Cropper, recipe: StageRecipe, *, seed: int, log: Callable[[str], None]
+) -> None:
+    """Stage 2: GLSTM and the upsampler below the last stage, heard through a throw-away 4.8 kHz output."""
+    stages = list(codec.decoder.stages)[:-1]
+    channels = codec.config.decoder_dim >> len(stages)
+    rate = codec.config.output_rate_hz // codec.config.decoder_rates_24k[-1]
+    head = nn.Conv1d(channels, 1, KERNEL)
+    spectral = SpectralLoss(LOW_BAND, rate)
+    front = [codec.decoder.semantic, codec.decoder.glstm, codec.decoder.conv_in, *stages, head]
+    chance = torch.Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        cut = cropper.draw(recipe.batch, recipe.frames)
+        x_BCT = front_end(codec, cut.codes_BNK[..., 0], read_latents(codec, cut.codes_BNK, chance))
+        for stage in stages:
+            x_BCT = stage(x_BCT)
+        made_BS = torch.tanh(head(F.pad(x_BCT, (KERNEL - 1, 0))))[:, 0]
+        target_BS = resample(cut.output_BS.reshape(-1), codec.config.output_rate_hz, rate).view_as(made_BS)
+        return spectral(made_BS, target_BS)
+
+    optimise("low band", [w for part in front for w in part.parameters()], recipe, loss_of, log)
+
+
+def train_full_band(
+    codec: Codec, cropper: Cropper, recipe: StageRecipe, *, seed: int, log: Callable[[str], None]
+) -> None:
+    """Stage 3: the whole decoder at 24 kHz."""
+    spectral = SpectralLoss(FULL_BAND, codec.config.output_rate_hz)
+    chance = torch.Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        cut = cropper.draw(recipe.batch, recipe.frames)
+        made_B1S = codec.decoder(cut.codes_BNK[..., 0], read_latents(codec, cut.codes_BNK, chance))
+        return spectral(made_B1S[:, 0], cut.output_BS)
+
+    optimise("full band", list(codec.decoder.parameters()), recipe, loss_of, log)
+
+
+def optimise(
+    name: str,
+    trained: list[nn.Parameter],
+    recipe: StageRecipe,
+    loss_of: Callable[[int], Tensor],
+    log: Callable[[str], None],
+) -> None:
+    """AdamW with a one-cycle schedule over a fixed number of steps."""
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=(0.8, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.08, cycle_momentum=False, final_div_factor=50
+    )
+    total = 0.0
+    for step in range(recipe.steps):
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        total += float(loss.detach())
+        if step % 50 == 49 or step + 1 == recipe.steps:
+            log(f"{name} {step + 1}/{recipe.steps} loss {total / (step % 50 + 1):.4f}")
+            total = 0.0
+
+
+def front_end(codec: Codec, semantic_BN: Tensor, latents_BZN: Tensor) -> Tensor:
+    """The decoder up to its symmetric convolution; [B, C, N]."""
+    decoder = codec.decoder
+    x_BND = torch.cat([decoder.semantic(semantic_BN), latents_BZN.transpose(1, 2)], dim=-1)
+    return decoder.conv_in(decoder.glstm(x_BND).transpose(1, 2))
+
+
+@torch.no_grad()
+def read_latents(codec: Codec, codes_BNK: Tensor, chance: torch.Generator) -> Tensor:
+    """Latents of known codes, some crops with fewer levels."""
+    keep_B = dropped_levels(codes_BNK.shape[0], codec.config.levels, chance)
+    levels: Iterable[Any] = codec.quantizer.levels
+    parts = [
+        level.read(codes_BNK[..., 1 + number]) * (number < keep_B).view(-1, 1, 1) for number, level in enumerate(levels)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def dropped_levels(batch: int, levels: int, chance: torch.Generator) -> Tensor:
+    """Levels each crop may use: all for three quarters, else uniform from 1 (train more, use less)."""
+    drawn_B = torch.randint(1, levels + 1, (batch,), generator=chance)
+    whole_B = torch.rand(batch, generator=chance) < 0.75
+    return torch.where(whole_B, torch.full_like(drawn_B, levels), drawn_B)
+
+
+@torch.no_grad()
+def revive(codec: Codec, latents_BZN: Tensor, chance: torch.Generator, *, everything: bool) -> None:
+    """Set unused (at first: all) codebook entries to projections of real latents, so that no code lies idle."""
+    residual_BZN = latents_BZN
+    levels: Iterable[Any] = codec.quantizer.levels
+    for level in levels:
+        for project, book in zip(level.project_in, level.codebooks, strict=True):
+            x_BPN = project(residual_BZN)
+            entries = book.entries_GP.shape[0]
+            used_G = torch.bincount(book.nearest(x_BPN).reshape(-1), minlength=entries) > 0
+            rows_RP = x_BPN.transpose(1, 2).reshape(-1, x_BPN.shape[1])
+            idle_E = torch.arange(entries) if everything else (~used_G).nonzero()[:, 0]
+            chosen_E = torch.randint(0, rows_RP.shape[0], (len(idle_E),), generator=chance)
+            book.entries_GP[idle_E] = rows_RP[chosen_E]
+        residual_BZN = residual_BZN - level(residual_BZN)[0]
+
+
+@torch.no_grad()
+def code_clips(codec: Codec, clips: Sequence[Clip], *, acoustic: bool) -> list[Tensor]:
+    """Codes of whole clips: the semantic column, or all four."""
+    if acoustic:
+        return [codec.encode(clip.input_S, codec.config.sample_rate_hz) for clip in clips]
+    waves = [whole_frames(clip.input_S, codec.config.hop) for clip in clips]
+    return [codec.semantic.codes(codec.fbank(wave_S).unsqueeze(0))[0].unsqueeze(1) for wave_S in waves]

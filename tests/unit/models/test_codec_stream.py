@@ -1,0 +1,92 @@
+"""Streaming decoding: chunked equals whole bit for bit, exactly three frames of look-ahead, state of fixed size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omni_ray.config.model import model_preset
+from omni_ray.models.codec import Codec
+from omni_ray.types.errors import RequestError
+
+FRAMES = 13
+FRAME_SAMPLES = 1440
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    torch.manual_seed(0)
+    return Codec(model_preset("tiny").codec).eval()
+
+
+@pytest.fixture(scope="module")
+def codes_N4(codec: Codec) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(3)
+    return torch.stack([torch.randint(0, size, (FRAMES,), generator=chance) for size in codec.code_sizes()], dim=1)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 13, [13], [2, 3, 1, 7], [0, 5, 0, 8], [4, 9]], ids=str)
+def test_chunked_equals_whole(codec: Codec, codes_N4: torch.Tensor, sizes: list[int]) -> None:
+    stream = codec.stream()
+    pieces = [stream.push(chunk) for chunk in codes_N4.split(sizes)]
+    assert torch.equal(torch.cat([*pieces, stream.flush()]), codec.decode(codes_N4))
+
+
+def test_sound_of_a_frame_comes_with_the_third_frame_after_it(codec: Codec, codes_N4: torch.Tensor) -> None:
+    stream = codec.stream()
+    lengths = [stream.push(row.unsqueeze(0)).numel() for row in codes_N4]
+    assert lengths == [0, 0, 0] + [FRAME_SAMPLES] * (FRAMES - 3)
+    assert stream.pending_frames == 3
+    assert stream.flush().numel() == 3 * FRAME_SAMPLES
+
+
+@pytest.mark.parametrize("ahead", [3, 4])
+def test_look_ahead_is_exactly_three_frames(codec: Codec, codes_N4: torch.Tensor, ahead: int) -> None:
+    place = 5
+    other_N4 = codes_N4.clone()
+    other_N4[place + ahead :] = (other_N4[place + ahead :] + 1) % 64
+    frame = slice(place * FRAME_SAMPLES, (place + 1) * FRAME_SAMPLES)
+    same = torch.equal(codec.decode(codes_N4)[frame], codec.decode(other_N4)[frame])
+    assert same == (ahead > 3)
+
+
+def test_a_short_stream_gives_all_its_sound_at_the_flush(codec: Codec, codes_N4: torch.Tensor) -> None:
+    stream = codec.stream()
+    assert stream.push(codes_N4[:2]).numel() == 0
+    assert torch.equal(stream.flush(), codec.decode(codes_N4[:2]))
+    # After a flush the stream begins anew.
+    assert torch.equal(torch.cat([stream.push(codes_N4), stream.flush()]), codec.decode(codes_N4))
+
+
+def test_a_fork_goes_its_own_way(codec: Codec, codes_N4: torch.Tensor) -> None:
+    stream = codec.stream()
+    first = stream.push(codes_N4[:6])
+    other = stream.fork()
+    other.push((codes_N4[6:] + 1) % 64)
+    assert torch.equal(torch.cat([first, stream.push(codes_N4[6:]), stream.flush()]), codec.decode(codes_N4))
+
+
+def test_state_does_not_grow(codec: Codec, codes_N4: torch.Tensor) -> None:
+    stream = codec.stream()
+    stream.push(codes_N4[:4])
+    size = stream.state_bytes
+    stream.push(codes_N4.repeat(3, 1))
+    assert stream.state_bytes == size < 200_000
+    # Views into longer tensors would hold them all in memory.
+    tensors = [stream._state.window_7D, *stream._state.pasts]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) < 2 * size
+
+
+def test_a_stream_keeps_to_its_number_of_codebooks(codec: Codec, codes_N4: torch.Tensor) -> None:
+    stream = codec.stream()
+    stream.push(codes_N4[:2, :3])
+    with pytest.raises(RequestError, match="4 codebooks after 3; one stream keeps to one number"):
+        stream.push(codes_N4[2:4])
+
+
+def test_a_refused_push_leaves_the_stream_as_it_was(codec: Codec, codes_N4: torch.Tensor) -> None:
+    stream = codec.stream()
+    first = stream.push(codes_N4[:5])
+    with pytest.raises(RequestError, match="out of range"):
+        stream.push(codes_N4[5:7] + 1000)
+    assert torch.equal(torch.cat([first, stream.push(codes_N4[5:]), stream.flush()]), codec.decode(codes_N4))
