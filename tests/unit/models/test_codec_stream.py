@@ -20,7 +20,7 @@ def codec() -> Codec:
 
 
 @pytest.fixture(scope="module")
-def codes_N4(codec: Codec) -> torch.Tensor:
+def codes_N4(codec: Codec) -> torch.Tensor:  # noqa: N802
     chance = torch.Generator().manual_seed(3)
     return torch.stack([torch.randint(0, size, (FRAMES,), generator=chance) for size in codec.code_sizes()], dim=1)
 
