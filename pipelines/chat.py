@@ -74,7 +74,8 @@ def converse(
     """A conversation at the terminal, until the end of input; what was said before stays in mind.
 
     Args:
-        read: Prompts and reads a line.  write: Shows a line.  speak: Answer aloud, each answer over the last, in this wav.
+        read: Prompts and reads a line.  write: Shows a line.
+        speak: Answer aloud, each answer over the last, in this wav.
     """
     networks = networks_of(checkpoint)
     model = _load(checkpoint)

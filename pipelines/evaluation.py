@@ -29,8 +29,8 @@ def evaluate(
             first use.  limit: Samples per task at most.  seed: Which ones, where some are left out.
         open_judge: Let the open-vocabulary recogniser hear some clips as well, where it is installed.
     Returns:
-        ``{"bench": "evaluate", "environment": ..., "figures": [...]}``; each figure with ``chance``, ``interval_95`` and
-        ``reached``.
+        ``{"bench": "evaluate", "environment": ..., "figures": [...]}``; each figure with ``chance``,
+        ``interval_95`` and ``reached``.
     Raises:
         CheckpointError: not a whole checkpoint.  DataError: no held-out shards.
     """
@@ -62,9 +62,9 @@ def evaluate_model(
 
     held_out = HeldOut(root, limit=limit, seed=seed)
     answerer = ModelAnswerer.load(checkpoint)
-    found = text_figures(answerer, held_out)
-    found += spoken_figures(answerer, answerer.codec, answerer.speech_rate_hz, held_out, with_open=open_judge)
-    found.append(dialogue_figure(answerer, held_out))
+    spoken = spoken_figures(answerer, answerer.codec, answerer.speech_rate_hz, held_out, with_open=open_judge)
+    written, dialogue = text_figures(answerer, held_out), dialogue_figure(answerer, held_out)
+    found = [*written, *spoken(), dialogue]
     return [to_figure(figure) for figure in found]
 
 

@@ -94,10 +94,8 @@ def quickstart(
         ConfigError, DataError, CheckpointError: as their texts say.
     """
     words = [*(overrides or []), f"seed={seed}"]
-    if components != "train":
+    if components != "train":  # trained ones get their folder's name once they are there
         words.append(f"components={components}")
-    elif not components:
-        raise OmniError("components is empty; choose shipped, train or a folder")
     plan = load_recipe(recipe, words)
     check_machine()
     out = out.resolve()
@@ -201,7 +199,7 @@ class _Run:
         )
         report = BenchReport(bench=BENCH, figures=(*run_figures(self.spent), *figures), environment=facts)
         document = report.to_json()
-        write_quickstart_page(self.out, document, answers, parts)
+        write_quickstart_page(self.out / PAGE, document, answers, parts, commands(self.out), self.out)
         write_report(report, self.out / REPORT)
         return document
 
@@ -284,7 +282,10 @@ def link_checkpoint(out: Path, checkpoint: Path) -> None:
 
 def describe_parts(plan: Recipe) -> dict[str, str]:
     """Which parts were shipped and which were trained, in words."""
-    trained = {part: [s.name for s in plan.stages if part in s.trainable] for s in plan.stages for part in s.trainable}
+    trained: dict[str, list[str]] = {}
+    for stage in plan.stages:
+        for part in stage.trainable:
+            trained.setdefault(part, []).append(stage.name)
     start = {"shipped": "shipped", "train": "trained here"}.get(plan.components, f"from {plan.components}")
     parts = {"language model": f"trained here from nothing, {_in(trained.get('language', []))}"}
     for name, title in (("vision", "vision encoder"), ("audio", "audio encoder")):

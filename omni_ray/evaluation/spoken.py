@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from omni_ray.data.audio import decode_audio
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS
-from omni_ray.evaluation.judges import Grammar, GrammarJudge, Judge, OpenJudge, judge_clips
+from omni_ray.evaluation.judges import Grammar, GrammarJudge, Judge, OpenJudge, WordScore, judge_clips
 from omni_ray.evaluation.metrics import HeldOutFigure, same_words, share, slots_right
 from omni_ray.evaluation.tasks import SPOKEN_TASK, Answerer, HeldOut, Said, question_of
 from omni_ray.types.errors import DataError
@@ -31,7 +32,6 @@ OPEN_JUDGED = 12
 Wave = NDArray[np.float32]
 Clip = tuple[Wave, int]
 """Mono samples and their rate in Hz."""
-OpenJudgeMaker = Callable[[], Judge]
 
 
 class SpeechCodec(Protocol):
@@ -84,26 +84,46 @@ def open_judge() -> Judge | None:
 
 def spoken_figures(
     answerer: Answerer, codec: SpeechCodec, codec_rate_hz: int, held_out: HeldOut, *, with_open: bool = True
-) -> list[HeldOutFigure]:
-    """Codec, then spoken answers; without a recogniser all are left out by name.
+) -> Callable[[], list[HeldOutFigure]]:
+    """Let the model speak and the judges listen: codec, then spoken answers.
 
     Args:
-        codec_rate_hz: Rate of the codec's sound.  with_open: Ask the open-vocabulary recogniser as well, if installed.
+        codec_rate_hz: Rate of the codec's sound.  with_open: Ask the open-vocabulary recogniser as well, if installed;
+            it is slow, so it listens in a thread of its own while the caller goes on.
+    Returns:
+        A function that waits for the judges and gives the figures; without a recogniser all are left out by name.
     """
     samples = held_out.first(SPOKEN_TASK, MOST_SPOKEN)
     try:
         grammar = GrammarJudge(PHRASE)
     except DataError as missing:
         names = ("codec_word_accuracy_ratio", "spoken_answer_word_accuracy", "spoken_answer_exact")
-        return [share(name, 0, 0, left_out=str(missing)) for name in names]
-    other = open_judge() if with_open else None
+        left_out = [share(name, 0, 0, left_out=str(missing)) for name in names]
+        return lambda: left_out
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="open-judge")
+    other = open_judge() if with_open and samples else None
+
+    def listen(clips: Sequence[Clip], said: Sequence[Sequence[str]]) -> Future[WordScore] | None:
+        return None if other is None else thread.submit(judge_clips, other, clips, said)
+
     phrases = _one_each(samples)
+    said = _words(phrases)
     original = [(decode_audio(s.media["answer.flac"], s.key), 16000) for s in phrases]
     rebuilt = [(codec.decode(codec.encode(wave, rate)).numpy(), codec_rate_hz) for wave, rate in original]
-    said = [str(s.facts["answer"]).split() for s in phrases]
-    figures = _codec_figures(grammar, other, original, rebuilt, said)
+    open_codec = listen(original, said), listen(rebuilt, said)
     answers = answerer.answer([question_of(s) for s in samples], aloud=True, max_tokens=SPEECH_TOKENS)
-    return figures + _answer_figures(grammar, other, samples, answers)
+    open_answers = listen([_clip(a) for a in answers[:OPEN_JUDGED]], _words(samples[:OPEN_JUDGED]))
+    figures = _codec_figures(grammar, original, rebuilt, said), _answer_figures(grammar, samples, answers)
+
+    def collect() -> list[HeldOutFigure]:
+        thread.shutdown(wait=True)
+        return [*figures[0], *_open_codec(*open_codec), *figures[1], *_open_answers(open_answers)]
+
+    return collect
+
+
+def _words(samples: Sequence[Sample]) -> list[list[str]]:
+    return [str(sample.facts["answer"]).split() for sample in samples]
 
 
 def _one_each(samples: Sequence[Sample]) -> list[Sample]:
@@ -112,70 +132,49 @@ def _one_each(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _codec_figures(
-    grammar: Judge,
-    other: Judge | None,
-    original: Sequence[Clip],
-    rebuilt: Sequence[Clip],
-    said: Sequence[Sequence[str]],
+    grammar: Judge, original: Sequence[Clip], rebuilt: Sequence[Clip], said: Sequence[Sequence[str]]
 ) -> list[HeldOutFigure]:
     before, after = hear(grammar, original, said), hear(grammar, rebuilt, said)
     scale = before.words / before.right if before.right else 1.0
-    figures = [
-        share(
-            "codec_word_accuracy_ratio",
-            after.right,
-            after.words,
-            scale=scale,
-            judge=grammar.name,
-            original=before.right / before.words if before.words else None,
-        )
-    ]
-    if other is not None and said:
-        first, then = (judge_clips(other, clips, said) for clips in (original, rebuilt))
-        figures.append(
-            share(
-                "codec_word_accuracy_ratio_open",
-                then.heard,
-                then.words,
-                scale=first.words / first.heard if first.heard else 1.0,
-                chance=0.0,
-                task="the same by an open-vocabulary recogniser",
-                judge=other.name,
-                original=first.accuracy,
-            )
-        )
-    return figures
+    kept = before.right / before.words if before.words else None
+    name = "codec_word_accuracy_ratio"
+    return [share(name, after.right, after.words, scale=scale, judge=grammar.name, original=kept)]
 
 
-def _answer_figures(
-    grammar: Judge, other: Judge | None, samples: Sequence[Sample], answers: Sequence[Said]
-) -> list[HeldOutFigure]:
-    said = [str(sample.facts["answer"]).split() for sample in samples]
-    clips = [_clip(answer) for answer in answers]
-    heard = hear(grammar, clips, said)
+def _open_codec(original: Future[WordScore] | None, rebuilt: Future[WordScore] | None) -> list[HeldOutFigure]:
+    if original is None or rebuilt is None:
+        return []
+    before, after = original.result(), rebuilt.result()
+    figure = share(
+        "codec_word_accuracy_ratio_open",
+        after.heard,
+        after.words,
+        scale=before.words / before.heard if before.heard else 1.0,
+        task="the same by an open-vocabulary recogniser",
+        original=before.accuracy,
+    )
+    return [figure]
+
+
+def _answer_figures(grammar: Judge, samples: Sequence[Sample], answers: Sequence[Said]) -> list[HeldOutFigure]:
+    heard = hear(grammar, [_clip(answer) for answer in answers], _words(samples))
     text_right = sum(same_words(a.text, str(s.facts["answer"])) for a, s in zip(answers, samples, strict=True))
-    n, task = len(clips), "spoken answer, unseen combination"
-    figures = [
+    n, task = len(answers), "spoken answer, unseen combination"
+    return [
         share("spoken_answer_word_accuracy", heard.right, heard.words, judge=grammar.name, clips=n),
         share("spoken_answer_exact", heard.exact, n, judge=grammar.name),
         share("spoken_answer_colour", heard.slot(0), n, chance=1 / len(COLOURS), task=f"{task}: its colour word"),
         share("spoken_answer_digit", heard.slot(1), n, chance=1 / len(DIGITS), task=f"{task}: its digit word"),
         share("spoken_answer_text", text_right, n, chance=1 / 60, task=f"{task}: the words written beside the sound"),
     ]
-    if other is not None and n:
-        score = judge_clips(other, clips[:OPEN_JUDGED], said[:OPEN_JUDGED])
-        figures.append(
-            share(
-                "spoken_answer_word_accuracy_open",
-                score.heard,
-                score.words,
-                chance=0.0,
-                task=f"{task}, per word, by an open-vocabulary recogniser",
-                judge=other.name,
-                clips=score.clips,
-            )
-        )
-    return figures
+
+
+def _open_answers(score: Future[WordScore] | None) -> list[HeldOutFigure]:
+    if score is None:
+        return []
+    found = score.result()
+    task = "spoken answer, unseen combination, per word, by an open-vocabulary recogniser"
+    return [share("spoken_answer_word_accuracy_open", found.heard, found.words, task=task, clips=found.clips)]
 
 
 def _clip(answer: Said) -> Clip:
