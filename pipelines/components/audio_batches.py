@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_ray.models.fbank import Fbank, mel_of_hz
+from omni_ray.models.fbank import LOG_FLOOR, Fbank, mel_of_hz
 from pipelines.components.audio_material import Clip
 
 # B clips, S samples, T fbank frames, M mel bins
@@ -21,21 +22,19 @@ NEPERS_PER_DB = 0.2302585
 class Augmentation:
     """How far a training clip may be from its recording; ranges are uniform."""
 
-    speed: float = 0.12
-    """Resampled by 1 +- this: pitch, formants and pace together."""
-    tempo: tuple[float, float] = (0.65, 1.2)
-    """Length alone."""
+    tempo: tuple[float, float] = (0.7, 1.2)
+    """Length."""
     warp: float = 0.12
-    """Frequency axis scaled by 1 +- this: the length of the vocal tract."""
-    lead_s: float = 0.25
-    """At most this much silence before, and after, the clip."""
-    gain_db: tuple[float, float] = (-25.0, 8.0)
+    """Frequency axis scaled by 1 +- this: pitch and the length of the vocal tract."""
+    lead_frames: int = 24
+    """At most this many frames of silence before, and after, the clip."""
+    gain_db: tuple[float, float] = (-22.0, 6.0)
     """Loudness."""
-    tilt_db: float = 10.0
+    tilt_db: float = 6.0
     """Smooth random response of room and microphone, up to this at its knots."""
-    snr_db: tuple[float, float] = (5.0, 50.0)
+    snr_db: tuple[float, float] = (10.0, 50.0)
     """Stationary noise below the clip's mean power."""
-    babble: float = 0.2
+    babble: float = 0.1
     """Share of clips with another clip of the batch in the background, 8 to 25 dB below."""
     narrow_band: float = 0.5
     """Share of synthetic clips cut at about 4 kHz, as people's recordings are."""
@@ -63,6 +62,7 @@ class SpeechBatcher:
         self._fbank = fbank
         self._to = augmentation
         self._generator = torch.Generator().manual_seed(seed)
+        self._known: dict[str, Tensor] = {}
 
     def draw(self, human: int, words: int, sentences: int) -> SpeechBatch:
         """A batch; where there are no people, synthetic words take their place."""
@@ -79,8 +79,7 @@ class SpeechBatcher:
         return [pool[i] for i in torch.randint(0, max(1, len(pool)), (count,), generator=self._generator)]
 
     def _augmented(self, clips: Sequence[Clip]) -> list[Tensor]:
-        features_BTM, lengths_B = self._features([self._change_speed(clip.wave_S) for clip in clips])
-        features_BTM, lengths_B = self._change_tempo(features_BTM, lengths_B)
+        features_BTM, lengths_B = self._change_tempo(*self._features(clips))
         features_BTM = self._colour(self._warp(features_BTM))
         features_BTM = self._cut_band(features_BTM, [clip.kind != "human" for clip in clips])
         features_BTM = self._mask(self._add_noise(features_BTM, lengths_B), lengths_B)
@@ -89,18 +88,20 @@ class SpeechBatcher:
     def _uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=self._generator)
 
-    def _change_speed(self, wave_S: Tensor) -> Tensor:
-        """Linear resampling, with silence before and after."""
-        factor = float(self._uniform(1 - self._to.speed, 1 + self._to.speed))
-        size = max(1600, round(len(wave_S) / factor))
-        changed_S = F.interpolate(wave_S[None, None], size=size, mode="linear", align_corners=False)[0, 0]
-        before, after = (self._uniform(0, self._to.lead_s * self._fbank.sample_rate_hz, 2)).int().tolist()
-        return F.pad(changed_S, (before, after))
-
-    def _features(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        features = [self._fbank(wave_S) for wave_S in waves]
+    def _features(self, clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
+        """Padded frames with digital silence around each clip, and the number of frames of each."""
+        pads_B2 = self._uniform(0, self._to.lead_frames + 1, len(clips), 2).int().tolist()
+        features = [
+            F.pad(self._plain(clip), (0, 0, *pads), value=math.log(LOG_FLOOR))
+            for clip, pads in zip(clips, pads_B2, strict=True)
+        ]
         lengths_B = torch.tensor([len(frames_TM) for frames_TM in features])
         return torch.nn.utils.rnn.pad_sequence(features, batch_first=True), lengths_B
+
+    def _plain(self, clip: Clip) -> Tensor:
+        if clip.id not in self._known:
+            self._known[clip.id] = self._fbank(clip.wave_S)
+        return self._known[clip.id]
 
     def _change_tempo(self, features_BTM: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         factor_B = self._uniform(*self._to.tempo, len(lengths_B))
