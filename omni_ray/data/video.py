@@ -128,7 +128,7 @@ def encode_mp4(
 
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
-        options = {"crf": "14", "preset": "veryfast", "threads": "1"}
+        options = {"crf": "14", "preset": "ultrafast", "threads": "1"}
         video: Any = container.add_stream("libx264", rate=fps, options=options)
         video.height, video.width = frames_FHW3.shape[1:3]
         video.pix_fmt = "yuv420p"

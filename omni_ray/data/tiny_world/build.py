@@ -30,7 +30,13 @@ from omni_ray.data.tiny_world.manifest import (
 )
 from omni_ray.data.tiny_world.pictures import Glyphs, load_glyphs
 from omni_ray.data.tiny_world.shards import write_shards
-from omni_ray.data.tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES, HumanDigits, load_human_digits
+from omni_ray.data.tiny_world.speech import (
+    ASSISTANT_VOICE,
+    HELD_OUT_VOICES,
+    TRAIN_VOICES,
+    HumanDigits,
+    load_human_digits,
+)
 from omni_ray.data.tiny_world.words import pairs, phrase
 from omni_ray.data.tiny_world.world import Maker, World
 from omni_ray.data.tokenizer import Tokenizer
@@ -56,19 +62,19 @@ class Recipe:
 
 
 SOURCES: Mapping[str, Recipe] = {
-    "text": Recipe(make=makers_text.text_samples, train=6000, held_out=300),
-    "speech_text": Recipe(make=makers_heard.speech_text_samples, train=720, held_out=120),
-    "picture": Recipe(make=makers_seen.picture_samples, train=4600, held_out=1200),
+    "text": Recipe(make=makers_text.text_samples, train=5400, held_out=300),
+    "speech_text": Recipe(make=makers_heard.speech_text_samples, train=640, held_out=120),
+    "picture": Recipe(make=makers_seen.picture_samples, train=4300, held_out=1200),
     "scene": Recipe(make=makers_seen.scene_samples, train=400, held_out=120),
     "picture_speech": Recipe(make=makers_heard.picture_speech_samples, train=360, held_out=100),
     "video": Recipe(make=makers_seen.video_samples, train=1000, held_out=400),
     "audio_human": Recipe(make=makers_heard.audio_human_samples, train=10**6, held_out=10**6),
-    "audio_synthetic": Recipe(make=makers_heard.audio_synthetic_samples, train=1000, held_out=150),
-    "audio_repeat": Recipe(make=makers_heard.audio_repeat_samples, train=320, held_out=100),
-    "cross_modal": Recipe(make=makers_heard.cross_modal_samples, train=700, held_out=300),
-    "cross_modal_speech": Recipe(make=makers_heard.cross_modal_speech_samples, train=200, held_out=90),
+    "audio_synthetic": Recipe(make=makers_heard.audio_synthetic_samples, train=860, held_out=150),
+    "audio_repeat": Recipe(make=makers_heard.audio_repeat_samples, train=260, held_out=100),
+    "cross_modal": Recipe(make=makers_heard.cross_modal_samples, train=600, held_out=250),
+    "cross_modal_speech": Recipe(make=makers_heard.cross_modal_speech_samples, train=170, held_out=80),
     "dialogue": Recipe(make=makers_seen.dialogue_samples, train=800, held_out=200),
-    "speech_dialogue": Recipe(make=makers_heard.speech_dialogue_samples, train=160, held_out=50),
+    "speech_dialogue": Recipe(make=makers_heard.speech_dialogue_samples, train=140, held_out=40),
     "audio_visual": Recipe(make=makers_seen.audio_visual_samples, train=240, held_out=100),
 }
 """Every source in building order; ``audio_human`` has one sample per recording, none without real data."""
@@ -148,7 +154,11 @@ def _worlds(glyphs: Glyphs, human: HumanDigits) -> dict[str, World]:
     unseen = {"sklearn": glyphs.held_out_sklearn, "mnist": glyphs.held_out_mnist}
     return {
         TRAIN: World(
-            held_out=False, glyph_sets={"train": glyphs.train}, people=human.train, voices=TRAIN_VOICES, clips=clips
+            held_out=False,
+            glyph_sets={"train": glyphs.train},
+            people=human.train,
+            voices=(*TRAIN_VOICES, ASSISTANT_VOICE),
+            clips=clips,
         ),
         HELD_OUT: World(
             held_out=True,

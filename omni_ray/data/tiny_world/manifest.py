@@ -15,8 +15,7 @@ from omni_ray.data.tiny_world.shards import Shard
 from omni_ray.types.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
-WORLD_VERSION = 1
-"""Raised when equal inputs no longer give equal shards."""
+_MEDIA_CODE = ("audio.py", "image.py", "video.py", "tokenizer.py")
 _PACKAGES = ("scikit-learn", "hibari-tts", "espeakng-loader", "av", "pillow", "numpy", "soundfile", "tokenizers")
 
 LICENCES: Mapping[str, str] = {
@@ -36,7 +35,7 @@ class Manifest:
     """A built world; written last, so a folder without it is not whole."""
 
     inputs: Mapping[str, Any]
-    """All that decides the bytes: version, seed, hold_out, scale, sizes, packages, sha256 of the real files."""
+    """All that decides the bytes: this code, seed, hold_out, scale, sizes, packages, sha256 of the real files."""
     sources: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """source -> split -> {samples, bytes, shards: [path, sha256, bytes, samples]}."""
     tokenizer: Mapping[str, Any]
@@ -63,7 +62,7 @@ def gather_inputs(seed: int, hold_out: str, scale: float, real_data: Path | None
         for path in sorted(Path(real_data).glob(pattern)) if real_data is not None else []:
             files[f"{path.parent.name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     packages = {name: _version(name) for name in _PACKAGES}
-    inputs = {"version": WORLD_VERSION, "seed": seed, "hold_out": hold_out, "scale": scale}
+    inputs = {"code": _code(), "seed": seed, "hold_out": hold_out, "scale": scale}
     return {**inputs, "packages": packages, "real_files": files}
 
 
@@ -104,6 +103,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     part = path.with_name(f"{MANIFEST_NAME}.{os.getpid()}.part")
     part.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True), encoding="utf-8")
     os.replace(part, path)
+
+
+def _code() -> str:
+    """Digest of the files that make the world, so that a changed maker builds anew."""
+    here = Path(__file__).parent
+    paths = sorted(here.glob("*.py")) + [here.parent / name for name in _MEDIA_CODE]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -56,7 +56,7 @@ def _voices(variants: str, first: int) -> tuple[Voice, ...]:
         Voice(
             engine="espeak",
             name=f"{_ACCENTS[i % len(_ACCENTS)]}+{variant}",
-            words_per_minute=130 + 15 * (i * 7 % 5),
+            words_per_minute=115 + 12 * (i * 7 % 5),
             pitch=38 + 4 * (i * 5 % 7),
         )
         for i, variant in enumerate(variants.split(), start=first)
