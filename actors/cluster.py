@@ -18,7 +18,7 @@ import ray
 from omni_ray.types.errors import ResourceError
 
 LOCAL_CPUS = 8
-"""Ray's CPUs are tickets, not cores; eight let a small machine hold the tiny pools (runtime.md sections 1 and 10)."""
+"""Ray's CPUs are tickets, not cores; eight let a small machine hold the tiny pools."""
 DEFAULT_OBJECT_STORE_BYTES = 500_000_000
 MIN_OBJECT_STORE_BYTES = 80_000_000
 """Ray refuses stores under 75 MiB."""
@@ -102,7 +102,7 @@ class RaySession:
         chosen = dict(ENVIRONMENT)
         if local and "RAY_AUTH_MODE" not in os.environ:
             # A local cluster gets its own secret; otherwise Ray writes one into the home folder, and every later
-            # cluster and client of this user changes its behaviour because that file exists (runtime.md section 8).
+            # cluster and client of this user changes its behaviour because that file exists.
             chosen |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         for name, value in chosen.items():
             if name not in os.environ:

@@ -106,8 +106,8 @@ class Feeder:
 def _breathing_callback() -> type:
     """Let Ray Data's scheduling loop rest.
 
-    While its output is held back, Ray 2.60's streaming executor has nothing to wait for and turns at full speed: a whole
-    core, measured, on a machine that has two.  A pause of 20 ms a turn still hands out far more than a step needs.
+    While its output is held back, Ray 2.60's streaming executor has nothing to wait for and turns at full speed: a
+    whole core, measured, on a machine that has two.  A pause of 20 ms a turn still gives far more than a step needs.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -82,10 +83,8 @@ def _override(raw: dict[str, Any], word: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"--set {word!r}: the value is not YAML") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text; users mean the number
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node: Any = raw
     keys = path.split(".")
     for key in keys[:-1]:

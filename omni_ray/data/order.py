@@ -1,7 +1,8 @@
 """The order of samples: a pure function of (seed, stages, step); nothing to remember, so nothing to lose.
 
 A source's samples are numbered; draw n of a source is place ``n mod size`` of that source's permutation number
-``n div size``.  How many draws a step takes is exact arithmetic on the mixture's weights, so a position is one step number.
+``n div size``.  How many draws a step takes is exact arithmetic on the mixture's weights, so a position is one step
+number.
 """
 
 from __future__ import annotations

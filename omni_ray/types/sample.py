@@ -18,9 +18,9 @@ class Sample:
 
     ``messages`` is a list of ``{"role": "system"|"user"|"assistant"|"voice", "content": [part, ...]}``; a part is
     ``{"type": "text", "text": str}``, or ``{"type": "image"|"video"|"audio"|"speech", "media": NAME}`` with NAME a
-    key of ``media``.  ``audio`` is heard through the audio encoder, ``speech`` becomes codec rows; a ``speech`` part may
-    carry ``"text"``: the words spoken in parallel.  A text part with ``"as": "audio"`` stands between the audio marks, in
-    the place of a sound.  Role ``text`` is running text without a role's name.
+    key of ``media``.  ``audio`` is heard through the audio encoder, ``speech`` becomes codec rows; a ``speech`` part
+    may carry ``"text"``: the words spoken in parallel.  A text part with ``"as": "audio"`` stands between the audio
+    marks, in the place of a sound.  Role ``text`` is running text without a role's name.
     """
 
     key: str

@@ -63,9 +63,7 @@ def test_tiles_stay_inside_a_micro_batch_and_a_rank() -> None:
 
 def test_contradictions_are_refused() -> None:
     plan = plan_for(PoolRanks(vision=3))
-    with pytest.raises(
-        PlanError, match=r"names vision rank [12], yet the pool has 1"
-    ):
+    with pytest.raises(PlanError, match=r"names vision rank [12], yet the pool has 1"):
         check_plan(plan, PoolRanks())
     moved = (plan.items[0], replace(plan.items[1], offset=0, micro_batch=plan.items[0].micro_batch), *plan.items[2:])
     with pytest.raises(PlanError, match="overlaps the item before it"):
