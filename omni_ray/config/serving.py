@@ -14,7 +14,8 @@ class ServePool(Checked):
     replicas: PositiveInt = 1
     max_replicas: PositiveInt = 1
     """Above ``replicas``, Ray Serve autoscales between the two."""
-    resources: Resources = Field(default_factory=lambda: Resources(cpu=0.5))
+    resources: Resources = Field(default_factory=lambda: Resources(cpu=0.25))
+    """Of one replica; Ray's CPUs are tickets, and all five deployments fit on two cores."""
 
 
 class ServePools(Checked):

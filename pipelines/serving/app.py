@@ -17,14 +17,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve as ray_serve
 from ray.serve import Application, Deployment
 
 from actors.cluster import LOCAL_CPUS, RaySession
 from omni_ray.config.serving import ServingConfig
 from omni_ray.observability.events import emit
-from omni_ray.types.errors import ResourceError
+from omni_ray.types.errors import ConfigError, ResourceError
 from pipelines.serving.gateway import GatewayReplica, gateway_options
 from pipelines.serving.guard import check_address, check_port
 from pipelines.serving.replicas import (
@@ -51,13 +51,14 @@ class AppArgs(BaseModel):
     """One key a line; without it only this machine is answered."""
 
 
-def app(args: AppArgs) -> Application:
+def app(args: AppArgs | dict[str, str]) -> Application:
     """Build the application: a gateway over vision, audio, language and speech, sized by the checkpoint's recipe.
 
     Raises:
         CheckpointError: ``checkpoint`` is not a whole checkpoint.
-        ConfigError: the API key file cannot be used.
+        ConfigError: arguments that are not known or missing, or an API key file that cannot be used.
     """
+    args = _checked(args)
     folder = Path(args.checkpoint).expanduser().resolve()
     key_file = str(Path(args.api_key_file).expanduser().resolve()) if args.api_key_file else None
     check_address("127.0.0.1", Path(key_file) if key_file else None)
@@ -69,6 +70,19 @@ def app(args: AppArgs) -> Application:
     }
     gateway = _deployment(GatewayReplica, "gateway", gateway_options(recipe.serving))
     return gateway.bind(str(folder), key_file, **stages)
+
+
+def _checked(args: AppArgs | dict[str, str]) -> AppArgs:
+    """Ray Serve hands the words of its command line over as they are."""
+    try:
+        return AppArgs.model_validate(args)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(step) for step in first["loc"])
+        raise ConfigError(
+            f"argument {name} of the application: {first['msg'].lower()}; arguments are checkpoint=PATH and, for other "
+            "machines than this, api_key_file=FILE"
+        ) from None
 
 
 def _deployment(replica: type, name: str, chosen: dict[str, Any]) -> Deployment:
