@@ -15,19 +15,19 @@ from pipelines.cli_outcome import Outcome, real_data_folder
 def quickstart(args: Namespace) -> Outcome:
     """The whole path on real input; writes ``report.json`` and one page into ``--out``."""
     real_data = real_data_folder()
-    from pipelines.evaluation import table
     from pipelines.quickstart import quickstart as run_quickstart
+    from pipelines.quickstart import summary
 
+    out = args.out.resolve()
     report = run_quickstart(
-        args.out.resolve(),
+        out,
         recipe=args.recipe,
         components=_components(args.components),
         real_data=real_data,
         seed=args.seed,
-        json=True,  # the table is this command's result, printed once, here
         overrides=args.set,
     )
-    return Outcome(text=table(report), document=report)
+    return Outcome(text=summary(report, out), document=report)
 
 
 def _components(named: str) -> str:

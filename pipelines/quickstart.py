@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import os
 import sys
 import time
@@ -16,7 +16,7 @@ from omni_ray.checkpoint import store
 from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import EventLog, event_log_to
-from omni_ray.observability.progress import Progress, format_duration
+from omni_ray.observability.progress import Progress
 from omni_ray.types.errors import OmniError, ResourceError
 from pipelines.bench.writer import BenchReport, Figure, environment, not_run, total_memory_bytes, write_report
 from pipelines.evaluation import table
@@ -45,7 +45,7 @@ class Spent:
     def read(path: Path) -> Spent:
         """What earlier calls left; a damaged or missing file counts as nothing."""
         try:
-            kept = json_module.loads(path.read_text(encoding="utf-8"))
+            kept = json.loads(path.read_text(encoding="utf-8"))
             return Spent(path=path, seconds=dict(kept["seconds"]), peak_gib=float(kept["peak_gib"]))
         except (OSError, ValueError, KeyError, TypeError):
             return Spent(path=path)
@@ -65,7 +65,7 @@ class Spent:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
             self.peak_gib = max(self.peak_gib, memory.peak_gib)
             record = {"seconds": self.seconds, "peak_gib": self.peak_gib}
-            self.path.write_text(json_module.dumps(record), encoding="utf-8")
+            self.path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def quickstart(
@@ -75,19 +75,17 @@ def quickstart(
     components: str = "shipped",
     real_data: Path | None = None,
     seed: int = 0,
-    json: bool = False,
     overrides: list[str] | None = None,
 ) -> dict[str, Any]:
     """Build data, train, evaluate, answer; continue what was interrupted, or say that it is done.
 
-    Everything for people goes to standard error; the report document is returned and lies in ``out/report.json``, a
-    page with curves and answers in ``out/index.html``, the checkpoint behind ``out/checkpoint``.
+    Progress goes to standard error. The report document is returned (:func:`summary` shows it) and lies in
+    ``out/report.json``, a page with curves and answers in ``out/index.html``, the checkpoint behind ``out/checkpoint``.
 
     Args:
         out: Folder of the run.  recipe: Preset or YAML file.  overrides: Words ``a.b=value`` for it.
         components: ``shipped``; ``train``: train vision, audio and codec first; or their folder.
         real_data: Folder of real recordings and pictures.  seed: Of weights and order.
-        json: The caller prints the document; the table is then left out here.
     Raises:
         ResourceError: too little memory or shared memory.
         OmniError: a stop signal ended the training early; the same command goes on.
@@ -103,9 +101,6 @@ def quickstart(
     with PeakMemory() as memory, event_log_to(EventLog(jsonl=out / "events.jsonl")):
         run = _Run(out=out, memory=memory, spent=Spent.read(out / SPENT))
         document = run.whole(plan, components, real_data)
-    if not json:
-        say(table(document))
-    say(closing_words(out))
     return document
 
 
@@ -162,7 +157,7 @@ class _Run:
         from pipelines.training.data_root import data_fingerprint
 
         try:
-            document: dict[str, Any] = json_module.loads((self.out / REPORT).read_text(encoding="utf-8"))
+            document: dict[str, Any] = json.loads((self.out / REPORT).read_text(encoding="utf-8"))
             facts = document["environment"]
         except (OSError, ValueError, KeyError):
             return None
@@ -299,6 +294,18 @@ def _in(stages: list[str]) -> str:
     return f"in {', '.join(stages)}" if stages else "in no stage"
 
 
+def summary(document: Mapping[str, Any], out: Path) -> str:
+    """The report for people: figures, answers, parts, where everything is, and how to go on."""
+    facts = document["environment"]
+    answers = [
+        f"{one['title']}: {one['question']} -> {one['said'] or '(nothing)'}"
+        + ("" if one["right"] else f" (expected: {one['expected']})")
+        for one in facts["answers"]
+    ]
+    parts = [f"{part}: {source}" for part, source in facts["parts"].items()]
+    return "\n".join([table(document), "", *answers, "", *parts, "", closing_words(out)])
+
+
 def closing_words(out: Path) -> str:
     """Where everything is, and how to go on."""
     return "\n".join(
@@ -317,11 +324,6 @@ def commands(out: Path) -> list[str]:
         f'omni-ray chat {shown} --text "say red seven" --speak answer.wav',
         f"omni-ray evaluate {shown}",
     ]
-
-
-def spent_words(seconds: Mapping[str, float]) -> str:
-    """``data 31 s, train 8 min 02 s``."""
-    return ", ".join(f"{name} {format_duration(value)}" for name, value in seconds.items())
 
 
 def say(words: str) -> None:

@@ -32,13 +32,15 @@ class Show:
     """Tasks of the held-out samples; the first that is there is taken."""
     aloud: bool = False
     """Answer aloud."""
+    first: bool = False
+    """Show the first sample of its shard, which asks in the plainest words, instead of any."""
 
 
 SHOWS: tuple[Show, ...] = (
     Show(name="image", title="A picture", asks=("image_both",)),
     Show(name="audio", title="A sound", asks=("audio_human", "audio_synthetic")),
     Show(name="video", title="A clip", asks=("video_direction",)),
-    Show(name="spoken", title="Asked in writing, answered aloud", asks=("spoken_answer",), aloud=True),
+    Show(name="spoken", title="Asked in writing, answered aloud", asks=("spoken_answer",), aloud=True, first=True),
     Show(
         name="spoken-picture",
         title="A spoken question about a picture, answered aloud",
@@ -79,7 +81,8 @@ def answer_all(checkpoint: Path, root: Path, folder: Path, *, seed: int = 0) -> 
     answerer, held_out = ModelAnswerer.load(checkpoint), HeldOut(root, seed=seed)
     shown = []
     for show in SHOWS:
-        sample = next((found[0] for task in show.asks if (found := held_out.of(task, 1))), None)
+        draw = held_out.first if show.first else held_out.of
+        sample = next((found[0] for task in show.asks if (found := draw(task, 1))), None)
         if sample is None:
             continue
         question = question_of(sample)

@@ -14,7 +14,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "Codec": {"audio_0": "semantic", "audio_1": "acoustic 1", "audio_2": "acoustic 2", "audio_3": "acoustic 3"},
 }
 """Title -> loss term -> what it is."""
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 230, 34, 8, 8, 34
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 230, 40, 8, 8, 34
 MOST_POINTS = 240
 WINDOW = 15
 """Steps of the running mean."""
@@ -79,7 +79,7 @@ def _card(title: str, curves: Mapping[str, list[Point]], stages: Sequence[tuple[
     parts = [_grid(top), _stage_marks(stages, first, last)]
     for place, points in enumerate(curves.values()):
         colour = f"var(--c{place % 4})"
-        parts.append(_line(points, first, last, top, colour, 1, 0.28))
+        parts.append(_line(points, first, last, top, colour, 1, 0.4))
         parts.append(_line(running_mean(points), first, last, top, colour, 2, 1.0))
     key = "".join(
         f'<span><i style="background:var(--c{place % 4})"></i>{escape(name)}: {running_mean(points)[-1][1]:.3f}</span>'

@@ -129,22 +129,17 @@ def _medium(medium: Medium) -> str:
 
 def _figure(figure: Mapping[str, Any]) -> str:
     value, goal, chance = figure["value"], figure["goal"], figure["chance"]
-    name = f'<td class="name"><code>{escape(figure["name"])}</code><span>{escape(figure["against"])}</span></td>'
+    told = figure["against"] + (f"; heard by {figure['judge']}" if figure.get("judge") else "")
+    name = escape(figure["name"]).replace("_", "_<wbr>")
+    name = f'<td class="name"><code>{name}</code><span>{escape(told)}</span></td>'
     if value is None:
         return f'<tr>{name}<td colspan="7" class="soft">left out: {escape(figure.get("not_run", ""))}</td></tr>'
     low, high = figure["interval_95"]
-    reached = {True: ("reached", "good"), False: ("missed", "bad"), None: ("", "")}[figure["reached"]]
-    cells = (
-        f"{value:.2f}",
-        f"{low:.2f}–{high:.2f}",
-        "–" if goal is None else f"≥ {goal:g}",
-        f"{chance:.2f}",
-        str(figure["n"]),
-    )
-    numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells[1:])
+    word, style = {True: ("reached", "good"), False: ("missed", "bad"), None: ("", "")}[figure["reached"]]
     return (
-        f'<tr>{name}<td class="n"><b>{cells[0]}</b></td><td>{_bar(value, low, high, goal, chance)}</td>{numbers}'
-        f'<td class="{reached[1]}">{reached[0]}</td></tr>'
+        f'<tr>{name}<td class="n"><b>{value:.2f}</b></td><td>{_bar(value, low, high, goal, chance)}</td>'
+        f'<td class="n wide">{low:.2f}–{high:.2f}</td><td class="n">{"–" if goal is None else f"≥ {goal:g}"}</td>'
+        f'<td class="n wide">{chance:.2f}</td><td class="n wide">{figure["n"]}</td><td class="{style}">{word}</td></tr>'
     )
 
 
