@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from omni_ray.models.layers import ROW_TILE, swiglu_backward, swiglu_forward
 
+FEW_EXPERTS = 16
+"""Up to so many busy experts are multiplied one by one; the grouped kernel visits idle ones too."""
+
 ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(u [T, H], weight [T, K], expert [T, K], gate_up [N, 2F, H], down [N, H, F]) -> [T, H]."""
 
@@ -31,7 +34,8 @@ def grouped_mm(x: Tensor, weight: Tensor, ends_N: Tensor) -> Tensor:
     Returns:
         [M, B], or [N, A, B].
     """
-    if _aligned(x) and _aligned(weight):
+    # The CUDA kernel takes bf16 only.
+    if (x.device.type == "cpu" or x.dtype == torch.bfloat16) and _aligned(x) and _aligned(weight):
         return F.grouped_mm(x, weight, offs=ends_N)
     bounds = list(itertools.pairwise([0, *ends_N.tolist()]))
     if weight.dim() == 2:
@@ -114,8 +118,19 @@ def tiled_experts(u_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_NF
     shift_N = ends_N - tiles_N - (per_expert.cumsum(0) - per_expert)
     place_M = torch.arange(len(chosen_M), device=flat.device) + shift_N[flat[chosen_M]]
     x = u_TH.new_zeros(int(ends_N[-1]), u_TH.shape[1]).index_copy_(0, place_M, u_TH.index_select(0, token_M))
-    ends = ends_N.to(torch.int32)
-    inner, _ = swiglu_forward(grouped_mm(x, gate_up_NFH.transpose(1, 2), ends))
-    y = grouped_mm(inner, down_NHF.transpose(1, 2), ends).index_select(0, place_M)
+    inner, _ = swiglu_forward(_tiled_mm(x, gate_up_NFH.transpose(1, 2), ends_N))
+    y = _tiled_mm(inner, down_NHF.transpose(1, 2), ends_N).index_select(0, place_M)
     share_M1 = weight_TK.flatten().index_select(0, chosen_M).unsqueeze(1).to(u_TH.dtype)
     return torch.zeros_like(u_TH).index_add_(0, token_M, y.mul_(share_M1))
+
+
+def _tiled_mm(x: Tensor, weight: Tensor, ends_N: Tensor) -> Tensor:
+    """:func:`grouped_mm` that spends nothing on experts without rows, of which one stream has many."""
+    bounds = list(itertools.pairwise([0, *ends_N.tolist()]))
+    busy = [(group, start, end) for group, (start, end) in enumerate(bounds) if end > start]
+    if len(busy) > FEW_EXPERTS or not busy:
+        return grouped_mm(x, weight, ends_N.to(torch.int32))
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    for group, start, end in busy:
+        torch.mm(x[start:end], weight[group], out=out[start:end])
+    return out

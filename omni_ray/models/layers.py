@@ -17,16 +17,22 @@ ROW_TILE = 16
 """Row counts that are multiples of this give the same bits per row in a matrix product."""
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
+    """The norm without a graph, and the factor of every row that its backward needs."""
+    x32 = x.float()
+    mean = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = mean.add_(eps).rsqrt_()
+    gained = weight * gain if gain != 1.0 else weight
+    return (x32 * scale).to(x.dtype).mul_(gained), scale
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, gain: float) -> Tensor:  # type: ignore[no-untyped-def, override]
-        x32 = x.float()
-        mean = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean.add_(eps).rsqrt_()
+        out, scale = _rms_norm(x, weight, eps, gain)
         ctx.save_for_backward(x, weight, scale)
         ctx.gain = gain
-        gained = weight * gain if gain != 1.0 else weight
-        return (x32 * scale).to(x.dtype).mul_(gained)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -53,8 +59,10 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> T
         Shape and dtype of ``x_TH``.
     Source: RMSNorm; models.md section 4 for the gain.
     """
-    out: Tensor = _RmsNorm.apply(x_TH, weight_H, eps, gain)
-    return out
+    if torch.is_grad_enabled():
+        out: Tensor = _RmsNorm.apply(x_TH, weight_H, eps, gain)
+        return out
+    return _rms_norm(x_TH, weight_H, eps, gain)[0]
 
 
 class RMSNorm(nn.Module):
@@ -105,8 +113,10 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
     """``silu(gate) * up`` of a joint projection, gate first.  [..., 2F] -> [..., F]."""
-    out: Tensor = _SwiGlu.apply(gate_up_TF2)
-    return out
+    if torch.is_grad_enabled():
+        out: Tensor = _SwiGlu.apply(gate_up_TF2)
+        return out
+    return swiglu_forward(gate_up_TF2)[0]
 
 
 class GatedMLP(nn.Module):

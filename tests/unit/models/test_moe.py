@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_ray.config.model import LanguageConfig, model_preset
+from omni_ray.models import grouped_experts as kernels
 from omni_ray.models.grouped_experts import grouped_experts, tiled_experts
 from omni_ray.models.layers import RMSNorm, row_padded, swiglu
 from omni_ray.models.moe import MoE, balance_loss, expert_counts
@@ -61,7 +62,10 @@ def test_forward_and_gradients_equal_the_slow_one() -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_inference_kernel_equals_the_training_one_and_ignores_neighbours() -> None:
+@pytest.mark.parametrize("few", [0, 16], ids=["grouped kernel", "one by one"])
+def test_inference_kernel_equals_the_training_one_and_ignores_neighbours(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = moe()
     u = torch.randn(50, CONFIG.hidden_size)
     routing = module.router(u)
@@ -69,6 +73,8 @@ def test_inference_kernel_equals_the_training_one_and_ignores_neighbours() -> No
     whole = tiled_experts(u, routing.weight_TK, routing.expert_TK, *arguments)
     training = grouped_experts(u, routing.weight_TK, routing.expert_TK, *arguments)
     torch.testing.assert_close(whole, training, rtol=1e-4, atol=1e-5)
+    # Parts run by the other kernel must have the same bits too.
+    monkeypatch.setattr(kernels, "FEW_EXPERTS", few)
     for rows in (slice(0, 1), slice(7, 10), slice(20, 50)):
         part = tiled_experts(u[rows], routing.weight_TK[rows], routing.expert_TK[rows], *arguments)
         assert torch.equal(part, whole[rows])
