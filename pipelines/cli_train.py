@@ -47,7 +47,7 @@ def train(args: Namespace) -> Outcome:
         text = f"trained {result.step} steps in {result.seconds:.0f} s; checkpoint {result.checkpoint}"
     else:
         text = f"stopped after step {result.step} of {recipe.total_steps}; the same command with --resume goes on"
-    return Outcome(text=text, document=dataclasses.asdict(result), ok=result.finished)
+    return Outcome(text=text, document=dataclasses.asdict(result))
 
 
 def plan(args: Namespace) -> Outcome:
