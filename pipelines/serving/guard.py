@@ -26,7 +26,7 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MIN_KEY_CHARACTERS = 16
 OPEN_PATHS = frozenset({"/healthz"})
-_CHALLENGE = {"www-authenticate": 'Bearer realm="omni-ray", Basic realm="omni-ray"'}
+_BEARER, _BASIC = 'Bearer realm="omni-ray"', 'Basic realm="omni-ray", charset="UTF-8"'
 
 
 def read_api_keys(path: Path) -> tuple[bytes, ...]:
@@ -135,11 +135,13 @@ class Guard:
         if origin is not None and origin.split("://", 1)[-1].lower() != host.lower():
             return ApiError(403, f"pages from {origin[:80]} may not use this server; open its own page")
         if self.keys and not self.knows(headers.get("authorization", "")):
+            # A browser that opens the page is asked for a password, which is the key; browsers read one challenge only.
+            challenge = _BASIC if "text/html" in headers.get("accept", "") else _BEARER
             return ApiError(
                 401,
-                "this server needs an API key; send the header Authorization: Bearer KEY",
+                "this server needs an API key; send the header Authorization: Bearer KEY, or give the key as password",
                 code="invalid_api_key",
-                headers=_CHALLENGE,
+                headers={"www-authenticate": challenge},
             )
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.max_body_bytes:

@@ -94,8 +94,13 @@ def test_a_key_opens_every_path(key_file: Path, kind: str, authorization: str | 
         assert sent[0] == {"type": "websocket.close", "code": 1008, "reason": sent[0]["reason"]}
     elif not let_in:
         assert sent[0]["status"] == 401
-        assert (b"www-authenticate", b'Bearer realm="omni-ray", Basic realm="omni-ray"') in sent[0]["headers"]
+        assert (b"www-authenticate", b'Bearer realm="omni-ray"') in sent[0]["headers"]
         assert json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
+
+
+def test_a_browser_is_asked_for_a_password(key_file: Path) -> None:
+    _, sent = visit(read_api_keys(key_file), {"accept": "text/html,*/*"}, "/")
+    assert (b"www-authenticate", b'Basic realm="omni-ray", charset="UTF-8"') in sent[0]["headers"]
 
 
 @pytest.mark.parametrize(
