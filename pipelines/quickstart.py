@@ -76,6 +76,7 @@ def quickstart(
     real_data: Path | None = None,
     seed: int = 0,
     overrides: list[str] | None = None,
+    open_judge: bool = True,
 ) -> dict[str, Any]:
     """Build data, train, evaluate, answer; continue what was interrupted, or say that it is done.
 
@@ -86,6 +87,7 @@ def quickstart(
         out: Folder of the run.  recipe: Preset or YAML file.  overrides: Words ``a.b=value`` for it.
         components: ``shipped``; ``train``: train vision, audio and codec first; or their folder.
         real_data: Folder of real recordings and pictures.  seed: Of weights and order.
+        open_judge: Let the open-vocabulary recogniser hear some clips as well (half a minute), where it is installed.
     Raises:
         ResourceError: too little memory or shared memory.
         OmniError: a stop signal ended the training early; the same command goes on.
@@ -100,7 +102,7 @@ def quickstart(
     out.mkdir(parents=True, exist_ok=True)
     with PeakMemory() as memory, event_log_to(EventLog(jsonl=out / "events.jsonl")):
         run = _Run(out=out, memory=memory, spent=Spent.read(out / SPENT))
-        document = run.whole(plan, components, real_data)
+        document = run.whole(plan, components, real_data, open_judge)
     return document
 
 
@@ -129,7 +131,7 @@ class _Run:
     memory: PeakMemory
     spent: Spent
 
-    def whole(self, plan: Recipe, components: str, real_data: Path | None) -> dict[str, Any]:
+    def whole(self, plan: Recipe, components: str, real_data: Path | None, open_judge: bool) -> dict[str, Any]:
         """All phases in order."""
         with self.spent.phase("data", self.memory):
             root, plan = build_data(plan, real_data)
@@ -145,7 +147,7 @@ class _Run:
             say("evaluating on held-out samples")
             from pipelines.evaluation import evaluate_model
 
-            figures = evaluate_model(checkpoint, root, seed=0)
+            figures = evaluate_model(checkpoint, root, open_judge=open_judge)
         with self.spent.phase("answers", self.memory):
             from pipelines.quickstart_answers import answer_all
 
