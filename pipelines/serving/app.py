@@ -142,6 +142,7 @@ def serve(
     check_address(host, api_key_file)
     recipe = read_recipe(checkpoint)
     port = check_port(host, port)
+    emit("serve_start", checkpoint=str(checkpoint), host=host, port=port)  # replicas load for some seconds
     session = RaySession(num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1))
     served = Served(f"http://{_in_url(host)}:{port}", session)
     try:

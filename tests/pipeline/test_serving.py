@@ -263,10 +263,12 @@ def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
 
 
 def test_what_cannot_be_served_is_one_clear_sentence(tmp_path: Path, served_checkpoint: Path) -> None:
-    from pipelines.serving.app import serve
+    from pipelines.serving.app import app, serve
 
     with pytest.raises(CheckpointError, match=r"is not a whole checkpoint"):
         serve(tmp_path, block=False)
+    with pytest.raises(ConfigError, match=r"^argument checkpoint of the application: field required; arguments are"):
+        app({"chekpoint": str(served_checkpoint)})
     with pytest.raises(ConfigError, match=r"^host 0.0.0.0 is reachable by other machines"):
         serve(served_checkpoint, host="0.0.0.0", block=False)
     with socket.socket() as taken:
@@ -275,6 +277,21 @@ def test_what_cannot_be_served_is_one_clear_sentence(tmp_path: Path, served_chec
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=rf"^port {port} on 127.0.0.1 cannot be used"):
             serve(served_checkpoint, port=port, block=False)
+
+
+def test_replicas_and_hardware_come_from_the_recipe() -> None:
+    from ray.serve import deployment
+
+    from omni_ray.config.serving import ServePool
+    from pipelines.serving.replicas import VisionReplica, options
+
+    hardware = {"cpu": 1, "gpu": 0, "custom": {"vision_gpu": 1}}
+    fixed = deployment(**options(ServePool.model_validate({"replicas": 2, "resources": hardware})))(VisionReplica)
+    assert fixed.num_replicas == 2
+    assert fixed.ray_actor_options == {"num_cpus": 1, "num_gpus": 0, "resources": {"vision_gpu": 1}}
+    scaled = deployment(**options(ServePool(replicas=2, max_replicas=5)))(VisionReplica)
+    config = scaled._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (2, 2, 5)
 
 
 STRANGER = """
