@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_ray.evaluation.metrics import HeldOutFigure
+from omni_ray.observability.progress import Progress
 from omni_ray.types.errors import CheckpointError
 from pipelines.bench.writer import BenchReport, Figure, environment
 
@@ -57,14 +58,15 @@ def evaluate_model(
 ) -> list[Figure]:
     """The figures alone, in the order of the targets, further ones after those they belong to."""
     from omni_ray.evaluation.answerer import ModelAnswerer
-    from omni_ray.evaluation.spoken import spoken_figures
-    from omni_ray.evaluation.tasks import HeldOut, dialogue_figure, text_figures
+    from omni_ray.evaluation.spoken import MOST_SPOKEN, spoken_figures
+    from omni_ray.evaluation.tasks import HeldOut, count_questions, dialogue_figure, text_figures
 
     held_out = HeldOut(root, limit=limit, seed=seed)
-    answerer = ModelAnswerer.load(checkpoint)
-    spoken = spoken_figures(answerer, answerer.codec, answerer.speech_rate_hz, held_out, with_open=open_judge)
-    written, dialogue = text_figures(answerer, held_out), dialogue_figure(answerer, held_out)
-    found = [*written, *spoken(), dialogue]
+    with Progress("evaluate", count_questions(held_out, MOST_SPOKEN), unit="answer") as progress:
+        answerer = ModelAnswerer.load(checkpoint, progress.advance)
+        spoken = spoken_figures(answerer, answerer.codec, answerer.speech_rate_hz, held_out, with_open=open_judge)
+        written, dialogue = text_figures(answerer, held_out), dialogue_figure(answerer, held_out)
+        found = [*written, *spoken(), dialogue]
     return [to_figure(figure) for figure in found]
 
 

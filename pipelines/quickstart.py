@@ -17,7 +17,7 @@ from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import EventLog, event_log_to
 from omni_ray.observability.progress import Progress
-from omni_ray.types.errors import OmniError, ResourceError
+from omni_ray.types.errors import CheckpointError, OmniError, ResourceError
 from pipelines.bench.writer import BenchReport, Figure, environment, not_run, total_memory_bytes, write_report
 from pipelines.evaluation import table
 from pipelines.peak_memory import PeakMemory
@@ -138,6 +138,7 @@ class _Run:
         if components == "train":
             with self.spent.phase("components", self.memory):
                 plan = _with_components(plan, train_components(self.out / "components", plan.seed, real_data))
+        self._check_components(plan)
         done = self._finished(plan, root)
         if done is not None:
             say(f"{self.out} is done already; another --out, or an empty one, starts anew")
@@ -153,6 +154,15 @@ class _Run:
 
             answers = answer_all(checkpoint, root, self.out / "answers")
         return self._report(plan, root, figures, answers)
+
+    def _check_components(self, plan: Recipe) -> None:
+        """Other components make another run, which the recipe's fingerprint does not tell."""
+        begun = self.out / "recipe.yaml"
+        before = load_recipe(str(begun)).components if begun.is_file() else plan.components
+        if before != plan.components:
+            raise CheckpointError(
+                f"{self.out} was begun with components {before}, not {plan.components}; choose another --out"
+            )
 
     def _finished(self, plan: Recipe, root: Path) -> dict[str, Any] | None:
         """The report of an earlier call that ended, if it is of this recipe and these data."""

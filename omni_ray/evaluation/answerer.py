@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,19 +16,23 @@ TOGETHER = 128
 
 
 class ModelAnswerer:
-    """Answers with a model in this process, likeliest ids only."""
+    """Answers with a model in this process, likeliest ids only.
 
-    def __init__(self, model: OmniModel) -> None:
-        self.model = model
+    Args:
+        answered: Called with a number of answers whenever so many more are there.
+    """
+
+    def __init__(self, model: OmniModel, answered: Callable[[int], None] | None = None) -> None:
+        self.model, self._answered = model, answered
 
     @classmethod
-    def load(cls, checkpoint: Path) -> Self:
+    def load(cls, checkpoint: Path, answered: Callable[[int], None] | None = None) -> Self:
         """Read a checkpoint.
 
         Raises:
             CheckpointError: it is not whole, or does not fit.
         """
-        return cls(load_model(checkpoint))
+        return cls(load_model(checkpoint), answered)
 
     @property
     def codec(self) -> Codec:
@@ -47,4 +51,6 @@ class ModelAnswerer:
             talks = [Conversation(messages=q.messages, media=q.media) for q in questions[start : start + TOGETHER]]
             answers = self.model.generate(talks, voice=aloud, max_tokens=max_tokens)
             said += [Said(text=a.text, wave_S=a.wave_S, sample_rate_hz=a.sample_rate_hz) for a in answers]
+            if self._answered is not None:
+                self._answered(len(answers))
         return said

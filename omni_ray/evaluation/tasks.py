@@ -155,6 +155,15 @@ def text_figures(answerer: Answerer, held_out: HeldOut) -> list[HeldOutFigure]:
     return figures
 
 
+def count_questions(held_out: HeldOut, most_spoken: int) -> int:
+    """How many answers all figures together will ask for, for a progress line."""
+    written = [len(held_out.of(task.asks, task.most)) for task in TEXT_TASKS if task.asks != "image_digit"]
+    digits = [len(held_out.of("image_digit", TEXT_TASKS[0].most, writers=w)) for w in ("sklearn", UNSEEN_WRITERS)]
+    talks = held_out.of(DIALOGUE_TASK.asks, DIALOGUE_TASK.most)
+    turns = [1 + sum(m["role"] == "assistant" for m in sample.messages[:-1]) for sample in talks]
+    return sum(written) + sum(digits) + sum(turns) + len(held_out.first(SPOKEN_TASK, most_spoken))
+
+
 def _digit_figures(answerer: Answerer, held_out: HeldOut, task: TextTask) -> list[HeldOutFigure]:
     sklearn = score_text(answerer, held_out.of(task.asks, task.most, writers="sklearn"))
     writers = score_text(answerer, held_out.of(task.asks, task.most, writers=UNSEEN_WRITERS))

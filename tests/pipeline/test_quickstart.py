@@ -15,7 +15,7 @@ from mini_world import mini_recipe, write_components, write_world
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.evaluation.metrics import TARGETS
-from omni_ray.types.errors import ResourceError
+from omni_ray.types.errors import CheckpointError, ResourceError
 from pipelines import quickstart as module
 from pipelines.quickstart import Spent, check_machine, describe_parts, quickstart, run_figures, summary
 
@@ -104,6 +104,13 @@ def test_an_interrupted_end_goes_on_without_training_again(run: tuple[Path, dict
     assert shares[0] == shares[1]
     minutes = [next(f["value"] for f in d["figures"] if f["name"] == "minutes") for d in (document, again)]
     assert minutes[1] > minutes[0]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_other_components_are_another_run(run: tuple[Path, dict[str, Any]], base: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"was begun with components .*/components, not shipped; choose another"):
+        quickstart(run[0], recipe=str(base / "mini.yaml"), components="shipped")
 
 
 @pytest.mark.ray

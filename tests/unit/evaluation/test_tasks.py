@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from held_out_world import COUNT, turn, words, write_held_out, write_samples
 
-from omni_ray.evaluation.tasks import HeldOut, Question, Said, dialogue_figure, question_of, text_figures
+from omni_ray.evaluation.tasks import (
+    HeldOut,
+    Question,
+    Said,
+    count_questions,
+    dialogue_figure,
+    question_of,
+    text_figures,
+)
 from omni_ray.types.errors import DataError
 
 
@@ -97,3 +105,11 @@ def test_only_held_out_shards_are_read(root: Path, tmp_path: Path) -> None:
     (tmp_path / "text" / "held_out-00000.tar").rename(tmp_path / "text" / "train-00000.tar")
     with pytest.raises(DataError, match=r"has no held-out shards \(SOURCE/held_out-\*\.tar\)"):
         HeldOut(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_the_number_of_questions_is_known_before(root: Path, limit: int | None) -> None:
+    model, held_out = Scripted(lambda q: q.expected), HeldOut(root, limit=limit)
+    text_figures(model, held_out)
+    dialogue_figure(model, held_out)
+    assert count_questions(held_out, most_spoken=3) == len(model.shown) + min(3, limit or 3)
