@@ -222,6 +222,14 @@ def make_optimizers(model: ContrastiveModel, recipe: VisionRecipe) -> list[torch
     return [muon, adam]
 
 
+LICENCES = {
+    "sklearn": "load_digits of scikit-learn (BSD-3-Clause); UCI, optical recognition of handwritten digits",
+    "mnist": "MNIST, LeCun, Cortes, Burges: CC BY-SA 3.0",
+    "weights": "the project's; trained on nothing but the above",
+}
+"""Of what the weights were made from."""
+
+
 def make_card(
     glyphs: Glyphs,
     recipe: VisionRecipe,
@@ -257,11 +265,7 @@ def make_card(
             "ids": id_ranges(glyphs.held_out_sklearn.ids + glyphs.held_out_mnist.ids),
             "combinations": "colour-digit pairs of words.pairs(held_out=True) were never drawn",
         },
-        "licences": {
-            "sklearn": "load_digits of scikit-learn (BSD-3-Clause); UCI, optical recognition of handwritten digits",
-            "mnist": "MNIST, LeCun, Cortes, Burges: CC BY-SA 3.0",
-            "weights": "the project's; trained on nothing but the above",
-        },
+        "licences": LICENCES,
     }
 
 
