@@ -267,7 +267,7 @@ class AudioEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
-        """Load a folder of :meth:`save_pretrained` as fp32.
+        """Load a folder of :meth:`save_pretrained` as fp32, in eval mode (no dropout).
 
         Raises:
             CheckpointError: not such a folder, cut short, or with other shapes than its config says.
@@ -275,7 +275,7 @@ class AudioEncoder(nn.Module):
         config = read_config(Path(folder), AudioConfig, model_type=MODEL_TYPE)
         with torch.device("meta"):
             encoder = cls(config)
-        return load_weights(encoder, Path(folder), what="an audio encoder")
+        return load_weights(encoder, Path(folder), what="an audio encoder").eval()
 
     def _whole(self, waves: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
         for i, wave_S in enumerate(waves):
