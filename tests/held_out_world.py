@@ -33,7 +33,7 @@ def write_held_out(root: Path, *, people: bool = True, mnist: bool = True) -> No
     heard = ["audio_synthetic"] + (["audio_human"] if people else [])
     for task in heard:
         write_samples(root / task, [_heard(rng, task, i) for i in range(COUNT)])
-    write_samples(root / "cross_modal", [_cross_modal(rng, i) for i in range(COUNT)])
+    write_samples(root / "cross_modal", [_cross_modal(rng, i) for i in range(3 * COUNT)])
     write_samples(root / "text", [_text(i) for i in range(COUNT)])
     write_samples(root / "speech_text", [_spoken(rng, *pair) for pair in pairs(True)])
     write_samples(root / "dialogue", [_dialogue(rng, i) for i in range(COUNT)])
@@ -102,10 +102,12 @@ def _heard(rng: np.random.Generator, task: str, i: int) -> Made:
 
 
 def _cross_modal(rng: np.random.Generator, i: int) -> Made:
-    answer = phrase(*_pair(i))
+    colour, digit = _pair(i)
+    question = ("both", "digit", "colour")[i % 3]
+    answer = {"both": phrase(colour, digit), "digit": DIGITS[digit], "colour": colour}[question]
     asked = turn("user", {"type": "image", "media": "image.png"}, {"type": "audio", "media": "question.flac"})
     media = {"image.png": png(rng), "question.flac": flac(rng)}
-    facts = {"task": "cross_modal_both", "answer": answer, "voice": "nobody"}
+    facts = {"task": f"cross_modal_{question}", "answer": answer, "voice": "nobody"}
     return "cross_modal", [asked, turn("assistant", words(answer))], media, facts
 
 

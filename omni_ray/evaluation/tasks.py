@@ -67,7 +67,17 @@ class TextTask:
     asks: str
     """``facts["task"]`` of its samples."""
     most: int
-    """Samples drawn where there are more."""
+    """Samples of a task drawn where there are more."""
+    also: str = ""
+    """A second task that counts with the first."""
+    task: str = ""
+    """What is asked of what, for a figure beside the targets."""
+    chance: float | None = None
+    """What guessing gets, for a figure beside the targets."""
+
+    def samples(self, held_out: HeldOut) -> list[Sample]:
+        """Those of the task, or of both."""
+        return held_out.of(self.asks, self.most) + (held_out.of(self.also, self.most) if self.also else [])
 
 
 TEXT_TASKS: tuple[TextTask, ...] = (
@@ -77,6 +87,15 @@ TEXT_TASKS: tuple[TextTask, ...] = (
     TextTask(figure="audio_human_accuracy", asks="audio_human", most=250),
     TextTask(figure="audio_synthetic_accuracy", asks="audio_synthetic", most=150),
     TextTask(figure="cross_modal_accuracy", asks="cross_modal_both", most=200),
+    # A model that never listens may still answer both words every time; asked for one of them, it is found out.
+    TextTask(
+        figure="cross_modal_one_word_accuracy",
+        asks="cross_modal_digit",
+        also="cross_modal_colour",
+        most=100,
+        task="spoken question about a picture: the one word asked for, not both",
+        chance=1 / 6,
+    ),
     TextTask(figure="text_accuracy", asks="text", most=200),
 )
 DIALOGUE_TASK = TextTask(figure="dialogue_memory_accuracy", asks="dialogue_memory", most=150)
@@ -149,15 +168,15 @@ def text_figures(answerer: Answerer, held_out: HeldOut) -> list[HeldOutFigure]:
         if task.asks == "image_digit":
             figures += _digit_figures(answerer, held_out, task)
             continue
-        right = score_text(answerer, held_out.of(task.asks, task.most))
+        right = score_text(answerer, task.samples(held_out))
         why = "no human speech: OMNI_RAY_REAL_DATA names no recordings" if task.asks == "audio_human" else "no samples"
-        figures.append(share(task.figure, sum(right), len(right), left_out=why))
+        figures.append(share(task.figure, sum(right), len(right), chance=task.chance, task=task.task, left_out=why))
     return figures
 
 
 def count_questions(held_out: HeldOut, most_spoken: int) -> int:
     """How many answers all figures together will ask for, for a progress line."""
-    written = [len(held_out.of(task.asks, task.most)) for task in TEXT_TASKS if task.asks != "image_digit"]
+    written = [len(task.samples(held_out)) for task in TEXT_TASKS if task.asks != "image_digit"]
     digits = [len(held_out.of("image_digit", TEXT_TASKS[0].most, writers=w)) for w in ("sklearn", UNSEEN_WRITERS)]
     talks = held_out.of(DIALOGUE_TASK.asks, DIALOGUE_TASK.most)
     turns = [1 + sum(m["role"] == "assistant" for m in sample.messages[:-1]) for sample in talks]

@@ -48,6 +48,15 @@ def test_right_answers_are_counted_for_every_figure(root: Path) -> None:
     assert figures["text_accuracy"].n == COUNT
 
 
+def test_a_model_that_never_listens_is_found_out(tmp_path: Path) -> None:
+    write_held_out(tmp_path)
+    pairs_by_key = {sample.key: sample.facts["answer"] for sample in HeldOut(tmp_path).of("cross_modal_both")}
+    figures = text_figures(Scripted(lambda q: pairs_by_key.get(q.key, "red seven")), HeldOut(tmp_path))
+    found = {figure.name: figure for figure in figures}
+    assert (found["cross_modal_accuracy"].value, found["cross_modal_accuracy"].n) == (1.0, COUNT)
+    assert (found["cross_modal_one_word_accuracy"].value, found["cross_modal_one_word_accuracy"].n) == (0.0, 2 * COUNT)
+
+
 def test_wrong_answers_are_not_counted(root: Path) -> None:
     figures = text_figures(Scripted(lambda q: f"{q.expected} {q.expected}"), HeldOut(root))
     assert {figure.value for figure in figures} == {0.0}
