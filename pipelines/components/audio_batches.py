@@ -22,25 +22,25 @@ NEPERS_PER_DB = 0.2302585
 class Augmentation:
     """How far a training clip may be from its recording; ranges are uniform."""
 
-    tempo: tuple[float, float] = (0.7, 1.2)
+    tempo: tuple[float, float] = (0.75, 1.2)
     """Length."""
-    warp: float = 0.12
+    warp: float = 0.1
     """Frequency axis scaled by 1 +- this: pitch and the length of the vocal tract."""
     lead_frames: int = 24
     """At most this many frames of silence before, and after, the clip."""
-    gain_db: tuple[float, float] = (-22.0, 6.0)
+    gain_db: tuple[float, float] = (-20.0, 4.0)
     """Loudness."""
     tilt_db: float = 6.0
     """Smooth random response of room and microphone, up to this at its knots."""
-    snr_db: tuple[float, float] = (10.0, 50.0)
+    snr_db: tuple[float, float] = (18.0, 60.0)
     """Stationary noise below the clip's mean power."""
     babble: float = 0.1
     """Share of clips with another clip of the batch in the background, 8 to 25 dB below."""
-    narrow_band: float = 0.5
+    narrow_band: float = 0.35
     """Share of synthetic clips cut at about 4 kHz, as people's recordings are."""
-    freq_mask: float = 0.12
+    freq_mask: float = 0.1
     """Widest of two masked bands, share of the bins."""
-    time_mask: float = 0.08
+    time_mask: float = 0.06
     """Widest of two masked spans, share of the frames."""
 
 

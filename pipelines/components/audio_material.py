@@ -65,7 +65,7 @@ def training_clips(real_data: Path | None, hold_out: str = "yweweler", also_out:
     clips = [_human(utterance) for utterance in people]
     for voice in TRAIN_VOICES:
         # The same speaker twice, the second time higher or lower and in more of a hurry.
-        hurried = replace(voice, words_per_minute=voice.words_per_minute + 45, pitch=(voice.pitch + 35) % 100)
+        hurried = replace(voice, words_per_minute=voice.words_per_minute + 25, pitch=(voice.pitch + 35) % 100)
         for said in (voice, hurried):
             clips += _say_all(book, said, [text for texts in lists_of(said) for text in texts])
     # The assistant's voice is part of the world: the model will hear itself.
