@@ -121,6 +121,7 @@ def test_likeliest_weighs_all_alignments() -> None:
     assert likeliest(logits_NV.log_softmax(-1), ("four", "five", "six")) == "five"
 
 
+@pytest.mark.slow
 def test_training_learns_three_tones_and_repeats_itself() -> None:
     recipe = AudioRecipe(steps=60, human=3, words=3, sentences=2, cmvn_batches=2, augmentation=NOTHING)
     clips = tone_clips()
