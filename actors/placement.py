@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -34,6 +35,12 @@ def asked(recipe: Recipe) -> dict[str, float]:
             if amount:
                 total[name] = total.get(name, 0.0) + amount * config.actors
     return total
+
+
+def spoken(resources: Mapping[str, float]) -> str:
+    """``2 CPU, 1 vision_gpu`` for people; Ray's own bookkeeping entries are left out."""
+    named = {k: v for k, v in resources.items() if not k.startswith(("node:", "memory", "object_store"))}
+    return ", ".join(f"{amount:g} {name}" for name, amount in sorted(named.items())) or "nothing"
 
 
 def check_fits(recipe: Recipe) -> None:

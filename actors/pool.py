@@ -9,13 +9,18 @@ from typing import Any
 
 import ray
 
-from actors.placement import actor_options, check_fits, pool_config
+from actors.placement import actor_options, asked, check_fits, pool_config, spoken
 from actors.transport import pack, unpack
 from actors.worker import Rank
 from omni_ray.bridge.chunk import join
 from omni_ray.config.recipe import Recipe
 from omni_ray.types.batch import EmbeddingBatch
+from omni_ray.types.errors import ResourceError
 from omni_ray.types.modality import Modality
+
+
+START_TIMEOUT_S = 300
+"""Longest wait for actors to be placed and to build their networks; an autoscaler's new node fits into it."""
 
 
 def make_worker(recipe: Recipe, rank: Rank) -> Any:
@@ -134,7 +139,15 @@ def start_pools(recipe: Recipe, names: Sequence[str], resume_from: Path | None =
     waiting = []
     for pool in pools.values():
         waiting += pool.all("load", resume_from) if resume_from else pool.all("build")
-    ray.get(waiting)
+    try:
+        ray.get(waiting, timeout=START_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        for pool in pools.values():
+            pool.stop()
+        raise ResourceError(
+            f"the pools did not start within {START_TIMEOUT_S} s: they ask for {spoken(asked(recipe))}, and of the cluster "
+            f"{spoken(ray.available_resources())} is free; end what holds the rest, or lower pools.*.resources"
+        ) from None
     return pools
 
 
