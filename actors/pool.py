@@ -18,7 +18,6 @@ from omni_ray.types.batch import EmbeddingBatch
 from omni_ray.types.errors import ResourceError
 from omni_ray.types.modality import Modality
 
-
 START_TIMEOUT_S = 300
 """Longest wait for actors to be placed and to build their networks; an autoscaler's new node fits into it."""
 
@@ -145,8 +144,9 @@ def start_pools(recipe: Recipe, names: Sequence[str], resume_from: Path | None =
         for pool in pools.values():
             pool.stop()
         raise ResourceError(
-            f"the pools did not start within {START_TIMEOUT_S} s: they ask for {spoken(asked(recipe))}, and of the cluster "
-            f"{spoken(ray.available_resources())} is free; end what holds the rest, or lower pools.*.resources"
+            f"the pools did not start within {START_TIMEOUT_S} s: they ask for {spoken(asked(recipe))}, "
+            f"and of the cluster {spoken(ray.available_resources())} is free; "
+            "end what holds the rest, or lower pools.*.resources"
         ) from None
     return pools
 

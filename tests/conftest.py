@@ -22,7 +22,7 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local cluster with 16 logical CPUs (pools and served replicas at once) for all tests of the session; ended with the session.
+    """A local cluster with 16 logical CPUs (pools and served replicas at once); ended with the session.
 
     Code under test that opens its own ``RaySession`` joins this one. Mark users ``@pytest.mark.ray``.
     """

@@ -2,10 +2,10 @@
 
     python -m pipelines.components.codec --out codec-tiny --seed 0
 
-Four stages with fixed numbers of steps: the semantic branch (CTC on spelling, then k-means), the acoustic encoder with
-its quantiser, the decoder's low band, the whole 24 kHz decoder. Each leaves its weights in ``OUT/stages``; the same
-command begun again goes on after the last finished stage. Speech comes from the assistant's voice and other synthetic
-voices, and from people where the environment variable OMNI_RAY_REAL_DATA names a folder with recordings.
+Stages with fixed numbers of steps: the semantic branch (CTC on spelling, then k-means), the acoustic encoder with its
+quantiser, the 24 kHz decoder (against mel frames, then against the waveform). Each leaves its weights in
+``OUT/stages``; the same command begun again goes on after the last finished stage. Speech comes from the assistant's
+voice and other synthetic voices, and from people where the environment variable OMNI_RAY_REAL_DATA names a folder.
 """
 
 from __future__ import annotations
@@ -27,17 +27,11 @@ from safetensors.torch import load_file, save_file
 from omni_ray.config.model import CodecConfig, model_preset
 from omni_ray.data.tiny_world.words import pairs, phrase
 from omni_ray.models.codec import Codec
+from pipelines.components.codec_decoder import DecoderRecipe, train_decoder
 from pipelines.components.codec_figures import codec_figures
 from pipelines.components.codec_material import Clip, digest, held_out_clips, training_clips
 from pipelines.components.codec_semantic import SemanticRecipe, train_semantic
-from pipelines.components.codec_stages import (
-    Cropper,
-    StageRecipe,
-    code_clips,
-    train_full_band,
-    train_latents,
-    train_low_band,
-)
+from pipelines.components.codec_stages import Cropper, StageRecipe, code_clips, train_latents
 
 REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
 HOLD_OUT = "yweweler"
@@ -50,12 +44,10 @@ class CodecRecipe:
 
     semantic: SemanticRecipe = field(default_factory=SemanticRecipe)
     """CTC and k-means."""
-    latents: StageRecipe = field(default_factory=lambda: StageRecipe(steps=300, batch=8, frames=16, lr=2e-3))
+    latents: StageRecipe = field(default_factory=lambda: StageRecipe(steps=240, batch=8, frames=16, lr=2e-3))
     """Encoder and quantiser."""
-    low_band: StageRecipe = field(default_factory=lambda: StageRecipe(steps=800, batch=8, frames=20, lr=2e-3))
-    """Upsampler to 4.8 kHz."""
-    full_band: StageRecipe = field(default_factory=lambda: StageRecipe(steps=1000, batch=6, frames=16, lr=2e-3))
-    """Whole decoder; ``--steps`` sets its steps."""
+    decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
+    """The 24 kHz decoder on fixed codes, of the assistant's voice alone; ``--steps`` sets its last stage's steps."""
 
 
 def train_codec(
@@ -94,21 +86,14 @@ def train_codec(
         train_latents(codec, cropper, recipe.latents, seed=seed + 2, log=log)
 
     keeper.run("latents", recipe.latents, latents)
-    codes = code_clips(codec, clips, acoustic=True)
-    keeper.run(
-        "low_band",
-        recipe.low_band,
-        lambda: train_low_band(
-            codec, Cropper(clips, codes, codec, seed=seed + 3), recipe.low_band, seed=seed + 4, log=log
-        ),
-    )
-    keeper.run(
-        "full_band",
-        recipe.full_band,
-        lambda: train_full_band(
-            codec, Cropper(clips, codes, codec, seed=seed + 5), recipe.full_band, seed=seed + 6, log=log
-        ),
-    )
+
+    def decoder() -> None:
+        # The codec speaks with the assistant's voice; what it hears may be anyone's, so only the decoder is narrowed.
+        own = [clip for clip in clips if clip.kind == "assistant"]
+        cropper = Cropper(own, code_clips(codec, own, acoustic=True), codec, seed=seed + 3)
+        train_decoder(codec, cropper, recipe.decoder, seed=seed + 4, log=log)
+
+    keeper.run("decoder", recipe.decoder, decoder)
     codec.eval().save_pretrained(out, dtype=torch.float16)
     return codec
 
@@ -136,6 +121,14 @@ class StageKeeper:
         aside.replace(path)
 
 
+LICENCES = {
+    "people": "Free Spoken Digit Dataset (Jakobovski and contributors): CC BY-SA 4.0",
+    "voices": "eSpeak NG (GPL-3.0 program, called to make sound), hibari-tts (Apache-2.0)",
+    "weights": "Apache-2.0",
+}
+"""Of what the weights were made from."""
+
+
 def make_card(
     clips: Sequence[Clip],
     recipe: CodecRecipe,
@@ -153,7 +146,7 @@ def make_card(
     }
     return {
         "component": "four-codebook audio codec (tiny): semantic branch, acoustic encoder, quantiser, 24 kHz decoder",
-        "command": f"python -m pipelines.components.codec --out DIR --steps {recipe.full_band.steps} --seed {seed}",
+        "command": f"python -m pipelines.components.codec --out DIR --steps {recipe.decoder.wave.steps} --seed {seed}",
         "seed": seed,
         "cpu_minutes": round(minutes, 1),
         "threads": torch.get_num_threads(),
@@ -173,11 +166,7 @@ def make_card(
             "voices": sorted({clip.source for clip in held_out_clips(None)["synthetic_pairs"]}),
             "combinations": [phrase(*pair) for pair in pairs(held_out=True)],
         },
-        "licences": {
-            "people": "Free Spoken Digit Dataset (Jakobovski and contributors): CC BY-SA 4.0",
-            "voices": "eSpeak NG (GPL-3.0 program, called to make sound), hibari-tts (Apache-2.0)",
-            "weights": "Apache-2.0",
-        },
+        "licences": LICENCES,
     }
 
 
@@ -187,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.components.codec", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--steps", type=int, default=defaults.full_band.steps, help="steps of the last stage (default %(default)s)"
+        "--steps", type=int, default=defaults.decoder.wave.steps, help="steps of the last stage (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-out", default=HOLD_OUT, help="person kept for the figures (default %(default)s)")
@@ -196,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     folder = os.environ.get(REAL_DATA_VARIABLE)
     real_data = Path(folder) if folder else None
-    recipe = replace(defaults, full_band=replace(defaults.full_band, steps=options.steps))
+    wave = replace(defaults.decoder.wave, steps=options.steps)
+    recipe = replace(defaults, decoder=replace(defaults.decoder, wave=wave))
     config = model_preset("tiny").codec
     clips = training_clips(real_data, seed=options.seed, hold_out=options.hold_out)
     started, cpu = time.monotonic(), time.process_time()

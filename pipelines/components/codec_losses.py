@@ -36,13 +36,6 @@ FULL_BAND = (
     Resolution(window=256, mels=24),
 )
 """For 24 kHz."""
-LOW_BAND = (
-    Resolution(window=512, mels=48),
-    Resolution(window=256, mels=40),
-    Resolution(window=128, mels=24),
-    Resolution(window=64, mels=12),
-)
-"""For 4.8 kHz."""
 
 
 class SpectralLoss:

@@ -22,7 +22,7 @@ UNITS = "-abcdefghijklmnopqrstuvwxyz|"
 class SemanticRecipe:
     """How the semantic branch is trained."""
 
-    steps: int = 600
+    steps: int = 400
     """Optimiser steps."""
     clips_per_kind: int = 12
     """Clips of the assistant, of synthetic voices and of people a step."""

@@ -1,10 +1,8 @@
-"""The codec's acoustic training: encoder and quantiser against mel frames, then the decoder from low to full band.
+"""The codec's acoustic training, first part: encoder and quantiser against mel frames; crops, and the loop of a stage.
 
-1. *latents*: acoustic encoder + AGRVQ + GLSTM, judged by how well a linear read-out gives the clip's mel frames. Far
-   cheaper than going through the upsampler, and its gradient is good from the first step.
-2. *low band*: encoder and quantiser frozen (as in the report's stage 2); GLSTM and the upsampler up to 4.8 kHz learn
-   the voice, its pitch and the first formants.
-3. *full band*: the whole 24 kHz decoder.
+*latents*: acoustic encoder + AGRVQ + GLSTM, judged by how well a linear read-out gives the clip's mel frames. Far
+cheaper than going through the upsampler, and its gradient is good from the first step. The decoder then trains on the
+fixed codes (``codec_decoder.py``), as in the report's stage 2.
 """
 
 from __future__ import annotations
@@ -18,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_ray.models.codec import Codec
-from omni_ray.models.codec_blocks import KERNEL
-from omni_ray.models.resample import resample
-from pipelines.components.codec_losses import FULL_BAND, LOW_BAND, SpectralLoss
 from pipelines.components.codec_material import Clip, by_kind
 from pipelines.components.codec_semantic import whole_frames
 
@@ -134,45 +129,6 @@ def train_latents(
         return mel + 0.25 * quantized.commit_loss + quantized.codebook_loss
 
     optimise("latents", trained, recipe, loss_of, log)
-
-
-def train_low_band(
-    codec: Codec, cropper: Cropper, recipe: StageRecipe, *, seed: int, log: Callable[[str], None]
-) -> None:
-    """Stage 2: GLSTM and the upsampler below the last stage, heard through a throw-away 4.8 kHz output."""
-    stages = list(codec.decoder.stages)[:-1]
-    channels = codec.config.decoder_dim >> len(stages)
-    rate = codec.config.output_rate_hz // codec.config.decoder_rates_24k[-1]
-    head = nn.Conv1d(channels, 1, KERNEL)
-    spectral = SpectralLoss(LOW_BAND, rate)
-    front = [codec.decoder.semantic, codec.decoder.glstm, codec.decoder.conv_in, *stages, head]
-    chance = torch.Generator().manual_seed(seed)
-
-    def loss_of(step: int) -> Tensor:
-        cut = cropper.draw(recipe.batch, recipe.frames)
-        x_BCT = front_end(codec, cut.codes_BNK[..., 0], read_latents(codec, cut.codes_BNK, chance))
-        for stage in stages:
-            x_BCT = stage(x_BCT)
-        made_BS = torch.tanh(head(F.pad(x_BCT, (KERNEL - 1, 0))))[:, 0]
-        target_BS = resample(cut.output_BS.reshape(-1), codec.config.output_rate_hz, rate).view_as(made_BS)
-        return spectral(made_BS, target_BS)
-
-    optimise("low band", [w for part in front for w in part.parameters()], recipe, loss_of, log)
-
-
-def train_full_band(
-    codec: Codec, cropper: Cropper, recipe: StageRecipe, *, seed: int, log: Callable[[str], None]
-) -> None:
-    """Stage 3: the whole decoder at 24 kHz."""
-    spectral = SpectralLoss(FULL_BAND, codec.config.output_rate_hz)
-    chance = torch.Generator().manual_seed(seed)
-
-    def loss_of(step: int) -> Tensor:
-        cut = cropper.draw(recipe.batch, recipe.frames)
-        made_B1S = codec.decoder(cut.codes_BNK[..., 0], read_latents(codec, cut.codes_BNK, chance))
-        return spectral(made_B1S[:, 0], cut.output_BS)
-
-    optimise("full band", list(codec.decoder.parameters()), recipe, loss_of, log)
 
 
 def optimise(

@@ -87,4 +87,4 @@ def test_fixture_cluster_is_joined_not_restarted(ray_cluster: None) -> None:
     with RaySession() as session:
         assert not session.owns_connection
     assert ray.is_initialized()
-    assert ray.cluster_resources()["CPU"] == 8
+    assert ray.cluster_resources()["CPU"] == 16
