@@ -1,6 +1,6 @@
 """Pretrain the tiny audio encoder with CTC on spoken words, measure it on unheard people and voices, write its card.
 
-    python -m pipelines.components.audio --out audio-tiny --steps 5000 --seed 0
+    python -m pipelines.components.audio --out audio-tiny --steps 3000 --seed 0
 
 Speech comes from synthetic voices, and from people where the environment variable OMNI_RAY_REAL_DATA names a folder
 with recordings.
@@ -31,7 +31,7 @@ from pipelines.components.audio_batches import Augmentation, SpeechBatch, Speech
 from pipelines.components.audio_material import Clip, digest, held_out_clips, training_clips, vocabulary
 
 REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
-DEFAULT_STEPS = 5000
+DEFAULT_STEPS = 3000
 HOLD_OUT = "yweweler"
 BLANK = 0
 
@@ -42,11 +42,11 @@ class AudioRecipe:
 
     steps: int = DEFAULT_STEPS
     """Optimiser steps."""
-    human: int = 16
+    human: int = 14
     """Clips of people a step (synthetic words where there are none)."""
     words: int = 20
     """Synthetic words a step."""
-    sentences: int = 10
+    sentences: int = 8
     """Synthetic sentences a step."""
     lr: float = 2.5e-3
     """Peak of the one-cycle schedule (AdamW)."""

@@ -22,9 +22,9 @@ NEPERS_PER_DB = 0.2302585
 class Augmentation:
     """How far a training clip may be from its recording; ranges are uniform."""
 
-    tempo: tuple[float, float] = (0.7, 1.2)
+    tempo: tuple[float, float] = (0.75, 1.2)
     """Length."""
-    warp: float = 0.12
+    warp: float = 0.1
     """Frequency axis scaled by 1 +- this: pitch and the length of the vocal tract."""
     lead_frames: int = 24
     """At most this many frames of silence before, and after, the clip."""

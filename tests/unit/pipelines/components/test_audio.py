@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -121,7 +121,6 @@ def test_likeliest_weighs_all_alignments() -> None:
     assert likeliest(logits_NV.log_softmax(-1), ("four", "five", "six")) == "five"
 
 
-@pytest.mark.slow
 def test_training_learns_three_tones_and_repeats_itself() -> None:
     recipe = AudioRecipe(steps=60, human=3, words=3, sentences=2, cmvn_batches=2, augmentation=NOTHING)
     clips = tone_clips()
@@ -198,3 +197,9 @@ def test_the_shipped_encoder_loads_and_hears_the_assistant() -> None:
         for word in ("three", "seven", "purple", "left")
     ]
     assert evaluate_audio(encoder, {"own": clips})["own_free"]["value"] >= 0.75
+
+
+def test_the_shipped_card_is_of_the_recipe_in_this_source() -> None:
+    card = json.loads((SHIPPED / "card.json").read_text())
+    assert card["recipe"] == json.loads(json.dumps(asdict(AudioRecipe())))
+    assert card["command"].endswith(f"--steps {AudioRecipe().steps} --seed {card['seed']}")
