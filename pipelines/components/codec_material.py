@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni_ray.data.tiny_world.clips import level
 from omni_ray.data.tiny_world.speech import (
     ASSISTANT_VOICE,
     HELD_OUT_VOICES,
@@ -20,6 +21,7 @@ from omni_ray.data.tiny_world.speech import (
     Voice,
     load_human_digits,
     speak,
+    trim,
 )
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, all_words, is_held_out, pairs, phrase, triples
 from omni_ray.models.resample import resample
@@ -199,6 +201,7 @@ def by_kind(clips: Sequence[Clip]) -> dict[str, list[int]]:
 
 def _spoken(text: str, voice: Voice, kind: str) -> Clip:
     wave, rate = speak(text, voice)
+    wave = level(trim(wave, rate))  # as the world's clips are: cut to the sound, one peak
     return _clip(wave, rate, f"{voice.engine}/{voice.name}/{text.replace(' ', '-')}", kind, voice.name, text)
 
 
