@@ -91,6 +91,7 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
         later += [(f"pools.{name}.precision", pool.precision, "fp32")]
         if pool.recompute == "selective":
             raise ConfigError(f"pools.{name}.recompute is selective, which is not built yet; choose none or full")
+    later += [("schedule.reduce", schedule.reduce, "ordered")]
     language = pools.language
     if language.recompute != "none":
         raise ConfigError(f"pools.language.recompute is {language.recompute}, which is not built yet; choose none")

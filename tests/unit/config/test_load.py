@@ -17,6 +17,7 @@ REFUSED = {
     "placement=colocate": "placement is colocate, which is not built yet in this version; choose separate",
     "pools.language.backend=deepspeed": "pools.language.backend is deepspeed, which is not built yet",
     "pools.vision.shard=hsdp": "pools.vision.shard is hsdp, which is not built yet in this version; choose none",
+    "schedule.reduce=fast": "schedule.reduce is fast, which is not built yet in this version; choose ordered",
     "schedule.window=0": "schedule.window is 0; input should be greater than 0",
     "seed": "--set 'seed' is not of the form a.b=value",
     "stages.S9.steps=1": "'S9' is neither a name nor a number below",
