@@ -13,13 +13,13 @@ import ray
 
 from actors.cluster import local_or_joined
 from actors.feeder import Feeder
+from actors.placement import POOL_NAMES
 from actors.pool import Pool, start_pools
 from omni_ray.config.load import load_recipe
 from omni_ray.config.parallel import Schedule
 from omni_ray.config.recipe import Recipe
 from pipelines.bench.writer import BenchReport, environment, measured
 from pipelines.training.data_root import data_root
-from pipelines.training.loop import POOL_NAMES
 from pipelines.training.step import StepDriver
 
 WARM_STEPS = 3

@@ -16,6 +16,7 @@ import ray
 
 from actors.cluster import local_or_joined
 from actors.feeder import Feeder
+from actors.placement import POOL_NAMES
 from actors.pool import Pool, start_pools
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
@@ -23,7 +24,6 @@ from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import emit
 from omni_ray.observability.metrics import MetricsWriter
 from omni_ray.observability.progress import Progress
-from omni_ray.training.networks import POOLS
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.batch import StepPlan
 from omni_ray.types.errors import DataError
@@ -31,7 +31,6 @@ from pipelines.training.checkpoint import lock_run, resume_point, save_checkpoin
 from pipelines.training.data_root import data_root
 from pipelines.training.step import StepDriver, StepHandles, StepResult
 
-POOL_NAMES = (*POOLS, "speech")
 IN_FLIGHT = 2
 """Steps submitted at a time; the second hides the driver's own time, results do not depend on it."""
 
