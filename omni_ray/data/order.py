@@ -33,6 +33,37 @@ class SampleRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A sample's rows in one packed sequence: all of them, or a stretch where packing cut it."""
+
+    ref: SampleRef
+    """Whose rows."""
+    start: int = 0
+    """First row."""
+    stop: int | None = None
+    """Row after the last; None = to the end."""
+
+    def __str__(self) -> str:
+        if self.start == 0 and self.stop is None:
+            return str(self.ref)
+        return f"{self.ref}[{self.start}:{'' if self.stop is None else self.stop}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDraw:
+    """What a step is made of, known by arithmetic before anything is decoded; small, so it may travel."""
+
+    step: int
+    """Global step."""
+    pieces: tuple[Piece, ...]
+    """In the order in which they were drawn."""
+    groups: tuple[tuple[int, ...], ...] | None = None
+    """Places in ``pieces`` of every micro-batch, where packing fixed them; None = groups of equal language work."""
+    bad: tuple[str, ...] = ()
+    """Draws that were skipped because their rows cannot even be counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageDraws:
     """What order needs to know of a stage."""
 

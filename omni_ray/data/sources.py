@@ -113,6 +113,14 @@ class WebDatasetSource:
         shards = [[Path(shard.path).name, shard.size, len(shard.entries)] for shard in self._shards]
         return {"name": self.name, "length": self._length, "shards": shards}
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of shard names, bytes and member tables; a shard of the same size with other members differs, too."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(repr((Path(shard.path).name, shard.size, shard.entries)).encode())
+        return digest.hexdigest()[:16]
+
 
 def sample_from_members(key: str, members: Members) -> Sample:
     """Read ``KEY.json`` with ``messages`` (this project's form), or a medium with a caption beside it.

@@ -18,7 +18,7 @@ from omni_ray.balance.step_plan import PoolRanks, check_plan, make_plan, pack
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import encode_sample, loss_counts
 from omni_ray.data.media import decode_span
-from omni_ray.data.order import SampleRef, StageDraws, samples_of_step
+from omni_ray.data.order import Piece, SampleRef, StageDraws, StepDraw, samples_of_step
 from omni_ray.data.sources import WebDatasetSource
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.batch import OmniBatch, StepPlan
@@ -58,16 +58,28 @@ class StepBuilder:
         self._decoded = lru_cache(maxsize=cached_samples)(self._decode)
 
     def build(self, step: int) -> PreparedStep:
-        """Everything step ``step`` needs.
+        """Everything step ``step`` needs: :meth:`draw`, then :meth:`assemble`.
 
         Raises:
             DataError: a sample is longer than the stage's seq_len, or too many in a row are bad.
         """
-        stage, _ = self.recipe.stage_at(step)
+        return self.assemble(self.draw(step))
+
+    def draw(self, step: int) -> StepDraw:
+        """Which samples the step takes; arithmetic, nothing is decoded."""
         refs = samples_of_step(self.draws, step, self.sizes, self.recipe.seed)
-        chosen, bad = [], []
-        for ref in refs:
-            good, broken = self._good(ref)
+        return StepDraw(step=step, pieces=tuple(Piece(ref=ref) for ref in refs))
+
+    def assemble(self, draw: StepDraw) -> PreparedStep:
+        """Rows, plan and decoded media of a drawn step; a pure function of the draw, in whatever process.
+
+        Raises:
+            DataError: as :meth:`build`.
+        """
+        stage, _ = self.recipe.stage_at(draw.step)
+        chosen, bad = [], list(draw.bad)
+        for piece in draw.pieces:
+            good, broken = self._good(piece.ref)
             chosen.append(good)
             bad += broken
         samples = [encoded for _, encoded, _ in chosen]
@@ -76,9 +88,9 @@ class StepBuilder:
                 raise DataError(
                     f"{ref} is {len(encoded)} rows long, stage {stage.name} takes {stage.seq_len}; raise its seq_len"
                 )
-        groups = pack(samples, stage.micro_batches)
+        groups = draw.groups or pack(samples, stage.micro_batches)
         plan = make_plan(
-            step=step,
+            step=draw.step,
             stage=stage.name,
             names=[str(ref) for ref, _, _ in chosen],
             samples=samples,

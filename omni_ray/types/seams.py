@@ -17,7 +17,11 @@ Handle = Any
 
 @runtime_checkable
 class Source(Protocol):
-    """Numbered samples; random access, so that resuming costs nothing."""
+    """Numbered samples; random access, so that resuming costs nothing.
+
+    ``source[i]`` raises DataError for a sample that cannot be used, the same one at every read. A source pickles, so
+    that it travels to decode tasks.
+    """
 
     name: str
 
@@ -25,6 +29,14 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
     def __iter__(self) -> Iterator[Sample]: ...
     def state_dict(self) -> Mapping[str, Any]: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the numbers stand for: another value when a shard was changed, added or taken away.
+
+        Cheap (names, bytes, index), never a read of the shards; saved with every checkpoint and compared on resume.
+        """
+        ...
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -31,5 +32,6 @@ def test_numbers_name_samples(sources: dict[str, Source], kind: str) -> None:
     for index in (len(source) - 1, 0, 7):
         assert source[index] == in_order[index]
     assert json.dumps(source.state_dict()) == before
+    assert source.fingerprint == pickle.loads(pickle.dumps(source)).fingerprint != ""
     with pytest.raises(IndexError):
         source[len(source)]
