@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from omni_ray.config.model import Checked
 from omni_ray.config.parallel import Resources
+from omni_ray.types.errors import ConfigError
 
 
 class ServePool(Checked):
@@ -29,10 +32,36 @@ class ServePools(Checked):
 
 
 class TurnConfig(Checked):
-    """Turn-taking of live conversations (used by the realtime endpoint)."""
+    """Turn-taking of live conversations: what counts as speech, and how long a silence means what."""
 
-    silence_ms: PositiveInt = 600
+    detector: Literal["silero", "energy"] = "silero"
+    """Voice activity detector; silero falls back to energy, with a notice, where its package is not installed."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Probability from which a window of 32 ms is speech."""
+    release: float = Field(default=0.15, ge=0, lt=1)
+    """A window inside speech counts as silence when its probability is below ``threshold - release``."""
+    start_ms: PositiveInt = 64
+    """Speech this long begins a turn (t1); shorter sounds are clicks."""
+    interrupt_ms: PositiveInt = 96
+    """Speech this long while the assistant speaks is a barge-in (t5)."""
+    prefix_ms: NonNegativeInt = 300
+    """Sound kept from before the first window of speech."""
     speculate_ms: PositiveInt = 250
+    """Silence after which answering begins unseen (t3)."""
+    silence_ms: PositiveInt = 600
+    """Silence that ends a turn (t4)."""
+    max_turn_s: PositiveFloat = 60.0
+    """A turn this long is ended as if silence had come."""
+
+    @model_validator(mode="after")
+    def silences_are_ordered(self) -> Self:
+        """Speculation comes before the end, or it has no use."""
+        if self.speculate_ms > self.silence_ms:
+            raise ConfigError(
+                f"turn.speculate_ms is {self.speculate_ms}, after the end of the turn at silence_ms {self.silence_ms}; "
+                "choose speculate_ms <= silence_ms (equal: no speculation)"
+            )
+        return self
 
 
 class Limits(Checked):

@@ -43,13 +43,13 @@ def resample(wave_S: Tensor, from_hz: int, to_hz: int) -> Tensor:
         scaled_N = torch.arange(first, min(first + BLOCK, count)) * down
         whole_N, phase_N = scaled_N // up, scaled_N % up
         phases, which_N = phase_N.unique(return_inverse=True)
-        kernels_PX = _kernels(phases.double() / up, taps, cutoff)
+        kernels_PX = sinc_kernels(phases.double() / up, taps, cutoff)
         windows_NX = padded_S[(whole_N + reach).unsqueeze(1) + taps]
         pieces.append((windows_NX * kernels_PX[which_N]).sum(dim=1))
     return torch.cat(pieces) if pieces else wave_S[:0]
 
 
-def _kernels(fraction_P: Tensor, taps_X: Tensor, cutoff: float) -> Tensor:
+def sinc_kernels(fraction_P: Tensor, taps_X: Tensor, cutoff: float) -> Tensor:
     """Hann-windowed sinc of each fractional position over its taps; [P, X] float32, each summing to one."""
     distance_PX = taps_X.double() - fraction_P.unsqueeze(1)
     window_PX = torch.cos((math.pi / 2) * (distance_PX * cutoff / ZERO_CROSSINGS).clamp(-1.0, 1.0)).square()
