@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -36,7 +37,15 @@ class SourceConfig(Checked):
     """Where one source of the mixtures lies."""
 
     path: str
-    """Folder (or tar) of WebDataset shards; ``{data}`` stands for the data root."""
+    """Folder of shards, or one; a path or a URI (``s3://...``); ``{data}`` stands for the data root."""
+    format: Literal["auto", "webdataset", "parquet", "jsonl", "llava", "arrow"] = "auto"
+    """How its files are read; auto goes by their endings."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Known field -> the files' own name for it, for instance ``{image: jpg, text: alt}``."""
+    media_roots: tuple[str, ...] = ()
+    """Folders besides the records' own from which records may name media files."""
+    allow_urls: bool = False
+    """Whether records may name http addresses."""
     split: str = "train"
     """Shards whose name starts with this."""
     fallback: str | None = None
@@ -55,4 +64,11 @@ class DataConfig(Checked):
     """Items of one encoder tile (the unit of ordered reduction)."""
     max_bad_fraction: NonNegativeFloat = 0.01
     """Undecodable share of the samples drawn above which the run stops."""
+    read_timeout_s: PositiveFloat = 60.0
+    """A read that takes longer counts as stalled and is tried again; the run stops, resumable, after the last try."""
+    read_tries: PositiveInt = 3
+    max_sample_bytes: PositiveInt = 2**30
+    """Largest sample, media together, that is taken into memory."""
+    cache_bytes: NonNegativeInt = 2**30
+    """Decoded samples that one reader keeps for the next epoch; 0 keeps none."""
     prefetch_steps: NonNegativeInt = 4

@@ -19,6 +19,13 @@ class MediaError(DataError):
     """Picture, sound or video bytes that cannot be decoded or lie outside the stated limits."""
 
 
+class StorageError(OmniError):
+    """A file that is there and does not answer (stalled disk, lost connection, no permission).
+
+    Not a DataError: nothing is wrong with the sample, and leaving it out would let the order depend on the disk's mood.
+    """
+
+
 class PlanError(OmniError):
     """A step plan that contradicts itself (overlapping routes, unknown ranks, wrong sizes)."""
 

@@ -82,7 +82,7 @@ def test_we_read_the_librarys_tars(tmp_path: Path) -> None:
 def test_the_index_is_kept_and_follows_the_tar(tmp_path: Path) -> None:
     shard = tmp_path / write_shards(tmp_path, "s", "train", _drafts(3))[0].path
     WebDatasetSource(shard, "s")
-    kept = shard.with_name(shard.name + ".index.json")
+    kept = shard.with_name(shard.name + ".omni-index")
     stamp = kept.stat().st_mtime_ns
     WebDatasetSource(shard, "s")
     assert kept.stat().st_mtime_ns == stamp, "a fitting index is not written again"
@@ -103,8 +103,8 @@ def test_an_index_beside_a_read_only_shard_lies_in_the_cache(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "replace", refuse)
     assert len(WebDatasetSource(shard, "s", cache=tmp_path / "cache")) == 3
-    assert [path.suffix for path in (tmp_path / "cache").glob("*.index.json")] == [".json"]
-    assert not shard.with_name(shard.name + ".index.json").exists()
+    assert len(list((tmp_path / "cache").glob("*.omni-index"))) == 1
+    assert not shard.with_name(shard.name + ".omni-index").exists()
 
 
 def test_a_bad_sample_names_shard_and_key_and_leaves_the_others(tmp_path: Path) -> None:
