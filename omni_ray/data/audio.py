@@ -21,6 +21,7 @@ MAX_SOUND_S = 120.0
 """Longest sound that is taken as one item (source: models.md section 5)."""
 _MIN_RATE, _MAX_RATE = 4_000, 384_000
 _MAX_KERNEL = 4_000_000
+_STREAMED_BYTES = 0x7FFF_0000
 _FRAME_S, _SHIFT_S = 0.025, 0.010
 
 
@@ -47,6 +48,7 @@ def count_samples(raw: bytes, name: str, sample_rate_hz: int = 16000) -> int:
     """
     import soundfile
 
+    _check_whole_wav(raw, name)
     try:
         info = soundfile.info(io.BytesIO(raw))
     except (soundfile.LibsndfileError, RuntimeError):
@@ -112,13 +114,32 @@ def encode_flac(wave: Wave, sample_rate_hz: int) -> bytes:
 def _decode(raw: bytes, name: str) -> tuple[Wave, int]:
     import soundfile
 
+    _check_whole_wav(raw, name)
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as sound:
             _check_length(sound.frames, sound.samplerate, name)
+            promised = sound.frames
             samples = sound.read(dtype="float32", always_2d=True)
+            if len(samples) != promised:
+                raise MediaError(f"{name} is cut short: {len(samples)} of {promised} samples; export it again")
             return samples.mean(axis=1, dtype=np.float32), int(sound.samplerate)
     except (soundfile.LibsndfileError, RuntimeError):
         return _decode_container(raw, name)
+
+
+def _check_whole_wav(raw: bytes, name: str) -> None:
+    """Refuse a wav that ends before its data do; the library would take what is there without a word."""
+    if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
+        return
+    at = 12
+    while at + 8 <= len(raw):
+        size = int.from_bytes(raw[at + 4 : at + 8], "little")
+        if raw[at : at + 4] == b"data":
+            # Recorders that stream write a size near the largest one and never come back to it.
+            if len(raw) - at - 8 < size < _STREAMED_BYTES:
+                raise MediaError(f"{name} is cut short: {len(raw) - at - 8} of {size} bytes; export it again")
+            return
+        at += 8 + size + size % 2
 
 
 def _decode_container(raw: bytes, name: str) -> tuple[Wave, int]:

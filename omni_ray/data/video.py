@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,10 @@ from omni_ray.types.errors import MediaError
 
 DEFAULT_FPS, MOST_FPS, LEAST_FRAMES = 2.0, 4.0, 16
 """Sampling: 2 frames a second, up to 4 where that gives fewer than 16 (source: models.md section 1)."""
-MAX_SOURCE_FRAMES = 20_000
-"""Longer films are refused."""
+MAX_SOURCE_FRAMES, MAX_VIDEO_S = 250_000, 3600.0
+"""Longer films are refused, from their header where it tells."""
+_SEEK_FRAMES = 256
+"""Clips of more frames are decoded around the wanted frames only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,12 @@ def plan_video(raw: bytes, name: str, config: VisionConfig) -> VideoPlan:
     Raises:
         MediaError: no video, no frames, or too many of them or of pixels; names the item.
     """
-    stamps_s, height, width = _read_header(raw, name)
+    track = _read_track(raw, name)
+    return _plan(track, config)
+
+
+def _plan(track: _Track, config: VisionConfig) -> VideoPlan:
+    stamps_s, height, width = track.times_s, track.height, track.width
     chosen = choose_frames(len(stamps_s), _rate(stamps_s), config.max_frames)
     step = config.temporal_patch_size
     pairs = math.ceil(len(chosen) / step)
@@ -68,12 +76,12 @@ def video_frames(raw: bytes, name: str, config: VisionConfig) -> NDArray[np.uint
     Raises:
         MediaError: as :func:`plan_video`, or frames that cannot be decoded.
     """
-    plan = plan_video(raw, name, config)
+    track = _read_track(raw, name)
+    plan = _plan(track, config)
     size = plan.grid[1] * config.patch_size, plan.grid[2] * config.patch_size
-    wanted = set(plan.frames)
-    kept = [resize(frame, size) for i, frame in enumerate(decode_frames(raw, name)) if i in wanted]
+    kept = [resize(frame, size) for frame in _wanted_frames(raw, name, track, plan.frames)]
     if len(kept) != len(plan.frames):
-        raise MediaError(f"{name} promises frame {max(wanted)} and cannot be decoded that far; export it again")
+        raise MediaError(f"{name} promises frame {plan.frames[-1]} and cannot be decoded that far; export it again")
     missing = -len(kept) % config.temporal_patch_size
     return np.stack(kept + [kept[-1]] * missing)
 
@@ -84,8 +92,8 @@ def video_extent(raw: bytes, name: str) -> tuple[int, int, int]:
     Raises:
         MediaError: as :func:`plan_video`.
     """
-    stamps_s, height, width = _read_header(raw, name)
-    return len(stamps_s), height, width
+    track = _read_track(raw, name)
+    return len(track.times_s), track.height, track.width
 
 
 def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:
@@ -106,12 +114,50 @@ def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:
 
 def decode_frames(raw: bytes, name: str) -> Iterator[NDArray[np.uint8]]:
     """Every frame of the first video track, [H, W, 3] uint8, in the order they are shown."""
+    for frame in _decoded(raw, name, None):
+        yield frame.to_ndarray(format="rgb24")
+
+
+def _wanted_frames(raw: bytes, name: str, track: _Track, wanted: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
+    """The frames of these ascending numbers; stops at the first that does not come."""
+    if len(track.times_s) <= _SEEK_FRAMES or not track.seekable:
+        numbers = set(wanted)
+        for number, frame in enumerate(_decoded(raw, name, None)):
+            if number in numbers:
+                yield frame.to_ndarray(format="rgb24")
+            if number >= wanted[-1]:
+                return
+        return
+    stamps = [track.stamps[number] for number in wanted]
+    while stamps:
+        start = track.keys[bisect_right(track.keys, stamps[0]) - 1]
+        for frame in _decoded(raw, name, start):
+            if frame.pts is not None and frame.pts >= stamps[0]:
+                if frame.pts != stamps[0]:
+                    return
+                yield frame.to_ndarray(format="rgb24")
+                stamps.pop(0)
+                # Further on than the next key frame, seeking is cheaper than decoding.
+                if not stamps or bisect_right(track.keys, stamps[0]) > bisect_right(track.keys, frame.pts) + 1:
+                    break
+        else:
+            return
+
+
+def _decoded(raw: bytes, name: str, start: int | None) -> Iterator[Any]:
+    """Frames as the library gives them, from the start or from a key frame's time stamp; one thread."""
     import av
 
     try:
         with av.open(io.BytesIO(raw), "r") as container:
-            for frame in container.decode(_track(container, name)):
-                yield frame.to_ndarray(format="rgb24")
+            stream = _stream(container, name)
+            stream.codec_context.thread_count = 1
+            if start is not None:
+                container.seek(start, stream=stream)
+            for frame in container.decode(stream):
+                if frame.width * frame.height > MAX_PIXELS:
+                    raise MediaError(f"{name} has frames of {frame.width} x {frame.height} pixels; scale it down")
+                yield frame
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise MediaError(f"{name} cannot be decoded as video ({error}); send mp4 with h264") from error
 
@@ -148,19 +194,41 @@ def encode_mp4(
     return out.getvalue()
 
 
-def _read_header(raw: bytes, name: str) -> tuple[list[float], int, int]:
-    """Show times of all frames in seconds, height, width; packets are read, not decoded."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Track:
+    """What a film's packets tell without being decoded."""
+
+    times_s: list[float]
+    """When each frame is shown, ascending."""
+    stamps: list[int]
+    """The same in the track's own unit."""
+    keys: list[int]
+    """Time stamps of key frames, ascending."""
+    height: int
+    width: int
+
+    @property
+    def seekable(self) -> bool:
+        """Whether every frame is named by its time stamp and the first is a key frame."""
+        return bool(self.keys) and self.keys[0] == self.stamps[0] and len(set(self.stamps)) == len(self.stamps)
+
+
+def _read_track(raw: bytes, name: str) -> _Track:
+    """Time stamps and size of the first video track; packets are read, not decoded."""
     import av
 
+    stamps, keys = [], []
     try:
         with av.open(io.BytesIO(raw), "r") as container:
-            track = _track(container, name)
-            height, width = int(track.codec_context.height), int(track.codec_context.width)
-            base = float(track.time_base or 0)
-            stamps = []
-            for packet in container.demux(track):
+            stream = _stream(container, name)
+            height, width = int(stream.codec_context.height), int(stream.codec_context.width)
+            base = float(stream.time_base or 0)
+            _check_duration(container, stream, name)
+            for packet in container.demux(stream):
                 if packet.pts is not None and packet.size:
-                    stamps.append(packet.pts * base)
+                    stamps.append(packet.pts)
+                    if packet.is_keyframe:
+                        keys.append(packet.pts)
                 if len(stamps) > MAX_SOURCE_FRAMES:
                     raise MediaError(f"{name} has more than {MAX_SOURCE_FRAMES} frames; cut it into pieces")
     except (av.FFmpegError, ValueError, IndexError) as error:
@@ -169,10 +237,28 @@ def _read_header(raw: bytes, name: str) -> tuple[list[float], int, int]:
         raise MediaError(f"{name} has a video track without frames; export it again")
     if height * width > MAX_PIXELS:
         raise MediaError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS}; scale it down")
-    return sorted(stamps), height, width
+    stamps.sort()
+    if (stamps[-1] - stamps[0]) * base > MAX_VIDEO_S:
+        raise _too_long((stamps[-1] - stamps[0]) * base, name)
+    times_s = [stamp * base for stamp in stamps]
+    return _Track(times_s=times_s, stamps=stamps, keys=sorted(keys), height=height, width=width)
 
 
-def _track(container: Any, name: str) -> Any:
+def _check_duration(container: Any, stream: Any, name: str) -> None:
+    """Refuse a film that its header calls too long, before its packets are read."""
+    lasts_s = max(
+        float((stream.duration or 0) * (stream.time_base or 0)),
+        float(container.duration or 0) / 1e6,
+    )
+    if lasts_s > MAX_VIDEO_S:
+        raise _too_long(lasts_s, name)
+
+
+def _too_long(lasts_s: float, name: str) -> MediaError:
+    return MediaError(f"{name} lasts {lasts_s:.0f} s, more than {MAX_VIDEO_S:g} s; cut it into pieces")
+
+
+def _stream(container: Any, name: str) -> Any:
     if not container.streams.video:
         raise MediaError(f"{name} has no video track; send mp4 with h264")
     return container.streams.video[0]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from omni_ray.balance.step_plan import PoolRanks, check_plan, make_plan, pack
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import encode_sample, loss_counts
+from omni_ray.data.decoded_cache import DecodedCache
 from omni_ray.data.media import decode_span
 from omni_ray.data.order import Piece, SampleRef, StageDraws, StepDraw, samples_of_step
-from omni_ray.data.sources import WebDatasetSource
+from omni_ray.data.sources import FileSource, ReadLimits, is_there, open_configured
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.batch import OmniBatch, StepPlan
 from omni_ray.types.errors import DataError
@@ -46,7 +46,7 @@ class PreparedStep:
 class StepBuilder:
     """Builds prepared steps of a recipe; holds the sources' indices and a cache of decoded samples."""
 
-    def __init__(self, recipe: Recipe, root: Path, cached_samples: int = 30_000) -> None:
+    def __init__(self, recipe: Recipe, root: Path) -> None:
         self.recipe = recipe
         self.root = root
         self.tokenizer = Tokenizer.load(root / "tokenizer.json")
@@ -55,7 +55,7 @@ class StepBuilder:
         self.sources = {name: open_source(recipe, root, name) for name in sorted(used)}
         self.sizes = {name: len(source) for name, source in self.sources.items()}
         self.ranks = pool_ranks(recipe)
-        self._decoded = lru_cache(maxsize=cached_samples)(self._decode)
+        self._kept = DecodedCache(recipe.data.cache_bytes)
 
     def build(self, step: int) -> PreparedStep:
         """Everything step ``step`` needs: :meth:`draw`, then :meth:`assemble`.
@@ -123,6 +123,10 @@ class StepBuilder:
             return (candidate, encoded, media), broken
         raise DataError(f"source {ref.source!r}: {len(broken)} samples in a row cannot be used; first {broken[0]}")
 
+    def _decoded(self, ref: SampleRef) -> tuple[EncodedSample, tuple[Any, ...]]:
+        value: tuple[EncodedSample, tuple[Any, ...]] = self._kept.get(ref, lambda: self._decode(ref), decoded_bytes)
+        return value
+
     def _decode(self, ref: SampleRef) -> tuple[EncodedSample, tuple[Any, ...]]:
         sample: Sample = self.sources[ref.source][ref.index]
         networks = self.recipe.networks
@@ -153,25 +157,32 @@ def _present(recipe: Recipe, root: Path, name: str) -> str:
         config = recipe.data.sources.get(seen[-1])
         if config is None:
             raise DataError(f"source {seen[-1]!r} is drawn from but not described; add data.sources.{seen[-1]}.path")
-        path = Path(config.path.replace("{data}", str(root)))
-        if path.is_file() or any(path.glob(f"{config.split}*.tar")):
+        if is_there(config, root):
             return seen[-1]
         if config.fallback is None or config.fallback in seen:
+            path = config.path.replace("{data}", str(root))
             raise DataError(
                 f"source {seen[-1]!r} has no {config.split} shards in {path}; build them or name a fallback"
             )
         seen.append(config.fallback)
 
 
-def open_source(recipe: Recipe, root: Path, name: str) -> WebDatasetSource:
+def open_source(recipe: Recipe, root: Path, name: str) -> FileSource:
     """Open one source of a recipe.
 
     Raises:
         DataError: its shards cannot be read.
     """
-    config = recipe.data.sources[name]
-    path = Path(config.path.replace("{data}", str(root)))
-    return WebDatasetSource(path, name, split=config.split)
+    data = recipe.data
+    limits = ReadLimits(timeout_s=data.read_timeout_s, tries=data.read_tries, max_bytes=data.max_sample_bytes)
+    return open_configured(data.sources[name], name, root, limits)
+
+
+def decoded_bytes(decoded: tuple[EncodedSample, tuple[Any, ...]]) -> int:
+    """Bytes of a decoded sample's arrays."""
+    encoded, media = decoded
+    rows = encoded.ids_T5.nbytes + encoded.labels_T5.nbytes + encoded.loss_kind_T.nbytes
+    return rows + sum(int(item.nbytes) for item in media)
 
 
 def pool_ranks(recipe: Recipe) -> PoolRanks:

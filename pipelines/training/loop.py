@@ -21,12 +21,12 @@ from actors.pool import Pool, start_pools
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.config.recipe import Recipe
+from omni_ray.data.bad_samples import BadSamples
 from omni_ray.observability.events import emit
 from omni_ray.observability.metrics import MetricsWriter
 from omni_ray.observability.progress import Progress
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.batch import StepPlan
-from omni_ray.types.errors import DataError
 from pipelines.training.checkpoint import lock_run, resume_point, save_checkpoint
 from pipelines.training.data_root import data_root
 from pipelines.training.step import StepDriver, StepHandles, StepResult
@@ -99,7 +99,7 @@ class _Run:
         self.metrics = MetricsWriter(out, first_step=first)
         self.plans = (out / "plans.jsonl").open("a", encoding="utf-8")
         self.progress = Progress("train", recipe.total_steps, done=first) if not quiet else None
-        self.bad, self.drawn, self.rows, self.clock = 0, 0, 0, time.monotonic()
+        self.bad, self.clock = BadSamples(recipe.data.max_bad_fraction), time.monotonic()
 
     def steps(self, stop: threading.Event) -> int:
         """Run to the end or to a stop signal; returns the number of steps done, all of them checkpointed."""
@@ -139,16 +139,10 @@ class _Run:
         if step + 1 < self.recipe.total_steps:
             self.next_plan = self.feeder.plan.remote(step + 1)
         self.plans.write(plan.to_json() + "\n")
-        self.drawn += sum(len(batch.samples) for batch in plan.micro_batches)
-        self.bad += len(bad)
+        self.bad.add((name for batch in plan.micro_batches for name in batch.samples), bad)
         for sentence in bad:
             emit("bad_sample", step=step, sample=sentence)
-        limit = self.recipe.data.max_bad_fraction
-        if self.bad > 10 and self.bad > limit * self.drawn:
-            raise DataError(
-                f"{self.bad} of {self.drawn} samples could not be used, above data.max_bad_fraction {limit:g}; "
-                f"the last was {bad[-1] if bad else 'earlier'}; mend the source or raise the limit"
-            )
+        self.bad.check()
         return plan
 
     def _drain(self, flying: deque[StepHandles]) -> None:

@@ -75,7 +75,9 @@ def test_a_source_travels_without_its_index(sources: dict[str, FileSource], kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_opening_again_scans_nothing(sources: dict[str, FileSource], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_again_scans_nothing(
+    sources: dict[str, FileSource], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = sources[kind]
     indexes = [Path(shard.path + INDEX_SUFFIX) for shard in source.shards]
     stamps = [index.stat().st_mtime_ns for index in indexes]

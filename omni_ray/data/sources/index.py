@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +79,9 @@ def open_shard(storage: Storage, path: str, kind: str, build: Build, cache: Path
             found = _read_kept(place, stamp)
             if found is not None:
                 return Shard(path=path, size=facts.size, digest=digest, samples=found[1], index=str(place))
-    raise DataError(f"no index of {path} can be kept: neither {places[0].parent} nor {places[-1].parent} can be written")
+    raise DataError(
+        f"no index of {path} can be kept: neither {places[0].parent} nor {places[-1].parent} can be written"
+    )
 
 
 def index_places(storage: Storage, path: str, cache: Path | None) -> list[Path]:
@@ -154,9 +156,9 @@ def _mapped(place: str, digest: str) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(place)).read_all()
 
 
-def batches_of(schema: pa.Schema, rows: Iterable[dict[str, object]]) -> Iterable[pa.RecordBatch]:
+def batches_of(schema: pa.Schema, rows: Iterable[Mapping[str, object]]) -> Iterable[pa.RecordBatch]:
     """Rows as record batches of at most :data:`BATCH_ROWS`."""
-    block: list[dict[str, object]] = []
+    block: list[Mapping[str, object]] = []
     for row in rows:
         block.append(row)
         if len(block) == BATCH_ROWS:

@@ -22,9 +22,7 @@ class MediaFiles:
     after links are followed: a record cannot read the machine's other files.
     """
 
-    def __init__(
-        self, storage: Storage, folder: str, roots: tuple[str, ...] = (), *, allow_urls: bool = False
-    ) -> None:
+    def __init__(self, storage: Storage, folder: str, roots: tuple[str, ...] = (), *, allow_urls: bool = False) -> None:
         self.storage = storage
         self.roots = tuple(self._real(root) for root in (folder, *roots))
         self.allow_urls = allow_urls
@@ -84,6 +82,7 @@ class MediaFiles:
             try:
                 return self._checked(with_deadline(ask, limits.timeout_s), url)
             except urllib.error.HTTPError as error:
+                error.close()
                 if 400 <= error.code < 500:
                     raise DataError(f"{url} is not there (HTTP {error.code})") from error
                 problem = error

@@ -103,7 +103,7 @@ def _conversation(key: str, record: Mapping[str, Any], load: MediaLoader) -> Sam
         raise DataError("its conversations are not a list of turns")
     waiting = {kind: _listed(record, kind) for kind in MEDIA_KINDS}
     media: dict[str, bytes] = {}
-    messages = []
+    messages: list[dict[str, Any]] = []
     for turn in turns:
         role, text = _ROLES.get(str(turn.get("from", turn.get("role")))), turn.get("value", turn.get("content"))
         if role is None or not isinstance(text, str):

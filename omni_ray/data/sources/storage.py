@@ -105,7 +105,9 @@ class Storage:
         """Several ranges of one file, which is opened once; raises as :meth:`read`."""
         wanted = sum(size for _, size in ranges)
         if wanted > self.limits.max_bytes:
-            raise DataError(f"{wanted} bytes at once are more than {self.limits.max_bytes}; raise data.max_sample_bytes")
+            raise DataError(
+                f"{wanted} bytes at once are more than {self.limits.max_bytes}; raise data.max_sample_bytes"
+            )
 
         def ask() -> list[bytes]:
             with self.filesystem.open_input_file(path) as stream:
