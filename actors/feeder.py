@@ -1,13 +1,15 @@
 """The feeder: numbered steps through Ray Data, put back in order, handed out piece by piece to whoever needs them.
 
-Ray Data reads, decodes and packs; what is read in which step is arithmetic (data/order.py), so the feeder has no state
-but the next step's number.  Media goes from here straight to the pool that encodes it; the driver holds handles only.
+Ray Data reads, decodes and packs; what is read in which step is arithmetic (data/planner.py), so that the feeder's
+state is the data position: a step number, and for nested mixtures and packing a small record.  Media goes from here
+straight to the pool that encodes it; the driver holds handles only.
 """
 
 from __future__ import annotations
 
 import pickle
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from actors.language import StepContext
 from actors.transport import pack
 from omni_ray.bridge.route import RouteTable
 from omni_ray.config.recipe import Recipe
+from omni_ray.data.order_state import OrderState
 from omni_ray.training.prepare import PreparedStep, StepBuilder
 from omni_ray.types.batch import StepPlan
 from omni_ray.types.modality import Modality
 
 STEPS_PER_BLOCK = 4
+KEPT_POSITIONS = 64
+"""Data positions that are kept behind the newest plan; a checkpoint asks for one of the last few."""
 PAUSE_S = 0.02
 """Between two looks of Ray Data's scheduling loop."""
 PayloadKey = tuple[str, int, int]
@@ -30,23 +35,32 @@ PayloadKey = tuple[str, int, int]
 class PrepareSteps:
     """The function that Ray Data maps over step numbers; one per decode task."""
 
-    def __init__(self, recipe: Recipe, root: Path) -> None:
+    def __init__(self, recipe: Recipe, root: Path, state: OrderState | None = None) -> None:
         import torch
 
         torch.set_num_threads(1)
-        self.builder = StepBuilder(recipe, root)
+        self.builder = StepBuilder(recipe, root, state=state)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         prepared = self.builder.build(int(row["step"]))
-        packed = (prepared.plan, [pack(b) for b in prepared.batches], prepared.media, prepared.targets, prepared.bad)
+        batches = [pack(batch) for batch in prepared.batches]
+        packed = (prepared.plan, batches, prepared.media, prepared.targets, prepared.bad, prepared.after)
         return {"step": row["step"], "prepared": pickle.dumps(packed, protocol=5)}
 
 
 class Feeder:
     """Prepares steps ahead and gives out their parts; a plain class, held by an actor."""
 
-    def __init__(self, recipe: Recipe, root: Path, first_step: int) -> None:
+    def __init__(self, recipe: Recipe, root: Path, first_step: int, state: OrderState | None = None) -> None:
+        """Start.
+
+        Args:
+            recipe: The run.  root: Data root.  first_step: Step that is asked for first.
+            state: Data position of a resumed run; None = the recipe's own at ``first_step``.
+        """
         self.recipe = recipe
+        self.state = state
+        self._positions: OrderedDict[int, OrderState] = OrderedDict()
         self.root = root
         self._next = first_step
         self._ready: dict[int, PreparedStep] = {}
@@ -58,11 +72,22 @@ class Feeder:
             self._rows = self._stream(step)
         while step not in self._ready:
             row = next(self._rows)
-            plan, batches, media, targets, bad = pickle.loads(row["prepared"])
-            prepared = PreparedStep(plan=plan, batches=batches, media=media, targets=targets, bad=bad)
+            plan, batches, media, targets, bad, after = pickle.loads(row["prepared"])
+            prepared = PreparedStep(plan=plan, batches=batches, media=media, targets=targets, bad=bad, after=after)
+            if after is not None:
+                self._keep_position(after)
             self._ready[int(row["step"])] = prepared
         prepared = self._ready[step]
         return prepared.plan, prepared.bad
+
+    def position(self, step: int) -> OrderState:
+        """Where the order stands before ``step``, one of the last that were planned: for a checkpoint."""
+        return self._positions[step]
+
+    def _keep_position(self, after: OrderState) -> None:
+        self._positions[after.step] = after
+        while len(self._positions) > KEPT_POSITIONS:
+            self._positions.popitem(last=False)
 
     def payloads(self, step: int, keys: Sequence[PayloadKey]) -> list[Any]:
         """The parts of a planned step, one object each, and forget the step."""
@@ -96,7 +121,7 @@ class Feeder:
         steps = ray.data.range(count, override_num_blocks=blocks).map(lambda row: {"step": row["id"] + first})
         prepared = steps.map(
             PrepareSteps,  # type: ignore[arg-type]  # Ray Data makes one per task
-            fn_constructor_args=(self.recipe, self.root),
+            fn_constructor_args=(self.recipe, self.root, self.state),
             compute=ray.data.ActorPoolStrategy(size=self.recipe.data.workers),
             num_cpus=1,
         )

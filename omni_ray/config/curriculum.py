@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from omni_ray.config.mixture import Mixture
 from omni_ray.config.model import Checked
 from omni_ray.types.errors import ConfigError
 
@@ -41,13 +42,26 @@ class LearningRate(Checked):
     projector_scale: NonNegativeFloat = 1.0
 
 
+class Packing(Checked):
+    """How drawn samples become the packed sequences of a step."""
+
+    kind: Literal["balance", "best_fit", "split"] = "balance"
+    """``balance``: the step's samples in sequences of equal work; ``best_fit``: whole samples that fill ``budget``
+    rows; ``split``: one after another, cut at ``budget`` rows (never inside a media item)."""
+    budget: PositiveInt | None = None
+    """Rows of one packed sequence; None = the stage's seq_len."""
+    lookahead: PositiveInt = Field(default=64, ge=2, le=4096)
+    """Samples that best_fit chooses from; what it has not placed waits in the state."""
+
+
 class Stage(Checked):
     """One curriculum stage."""
 
     name: str
     steps: PositiveInt
-    mixture: dict[str, PositiveFloat]
-    """Samples per step by source; a fraction is met on average, exactly over the stage (pure arithmetic)."""
+    mixture: Mixture
+    """What it draws from: samples per step by source, or nested shares (``omni_ray/config/mixture.py``)."""
+    packing: Packing = Field(default_factory=Packing)
     trainable: tuple[Trainable, ...]
     loss: LossWeights = Field(default_factory=LossWeights)
     lr: LearningRate = Field(default_factory=LearningRate)
@@ -63,6 +77,23 @@ class Stage(Checked):
         """A stage must train something and draw something."""
         if not self.trainable:
             raise ConfigError(f"stage {self.name} has an empty trainable list; name at least one part")
-        if not self.mixture:
+        if not self.mixture.sources:
             raise ConfigError(f"stage {self.name} has an empty mixture; name at least one source")
+        packed, take = self.packing.kind != "balance", self.mixture.take
+        if packed and take is not None:
+            raise ConfigError(
+                f"stage {self.name} packs by {self.packing.kind}, which says how much a step takes; drop take"
+            )
+        if not packed and take is None and self.mixture.counts is None:
+            raise ConfigError(f"stage {self.name} does not say how much a step takes; add mixture.take or a packing")
+        if self.packing.kind == "best_fit" and self.sequence_rows < self.seq_len:
+            raise ConfigError(
+                f"stage {self.name} packs whole samples of up to seq_len {self.seq_len} rows into sequences of "
+                f"{self.sequence_rows}; raise packing.budget or lower seq_len"
+            )
         return self
+
+    @property
+    def sequence_rows(self) -> int:
+        """Rows of one packed sequence."""
+        return self.packing.budget or self.seq_len

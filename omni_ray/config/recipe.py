@@ -42,7 +42,7 @@ class Recipe(Checked):
             if names.count(name) > 1:
                 raise ConfigError(f"stages holds {name!r} twice; give each stage its own name")
         for stage in self.stages:
-            for source in stage.mixture:
+            for source in stage.mixture.sources:
                 if self.data.sources and source not in self.data.sources:
                     known = ", ".join(sorted(self.data.sources))
                     raise ConfigError(f"stage {stage.name} draws from {source!r}, which data.sources lacks ({known})")
@@ -72,9 +72,14 @@ class Recipe(Checked):
             first += stage.steps
         raise ConfigError(f"step {step} lies beyond the recipe's {first} steps")
 
-    def numbers_fingerprint(self) -> str:
-        """Hash of everything that changes the numbers of a run; pool sizes, placement and schedule do not."""
+    def numbers_fingerprint(self, without: tuple[str, ...] = ()) -> str:
+        """Hash of everything that changes the numbers of a run; pool sizes, placement and schedule do not.
+
+        Args:
+            without: Keys of the stages that are left out, for instance ``mixture``.
+        """
         keep = self.model_dump(mode="json", include={"size", "model", "seed", "stages", "optimizer"})
+        keep["stages"] = [{key: value for key, value in s.items() if key not in without} for s in keep["stages"]]
         keep["reduce"] = self.schedule.reduce
         keep["tile_items"] = self.data.tile_items
         keep["split"] = {name: source.split for name, source in sorted(self.data.sources.items())}

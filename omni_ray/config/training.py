@@ -31,6 +31,8 @@ class CheckpointConfig(Checked):
     """Newest whole checkpoints that stay on disk."""
     snapshot_every: PositiveInt = 50
     """Steps between in-memory snapshots (supervision, a later issue)."""
+    accept_changed: tuple[Literal["mixture"], ...] = ()
+    """What a resumed run may change: ``mixture`` goes on from every stream's position with the new weights."""
 
 
 class SourceConfig(Checked):

@@ -36,3 +36,9 @@ class DecodedCache:
             while self.bytes > self.most_bytes:
                 self.bytes -= self._kept.popitem(last=False)[1][1]
         return value
+
+    def take(self, key: Hashable) -> Any | None:
+        """The kept value, which is then no longer kept; None where there is none."""
+        value, room = self._kept.pop(key, (None, 0))
+        self.bytes -= room
+        return value

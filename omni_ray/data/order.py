@@ -1,22 +1,21 @@
 """The order of samples: a pure function of (seed, stages, step); nothing to remember, so nothing to lose.
 
 A source's samples are numbered; draw n of a source is place ``n mod size`` of that source's permutation number
-``n div size``.  How many draws a step takes is exact arithmetic on the mixture's weights, so a position is one step
-number.
+``n div size`` (data/permute.py).  How many draws a step takes is exact arithmetic on the mixture's counts, so a
+position is one step number.  Nested mixtures and packing carry a small state instead (data/planner.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
-
+from omni_ray.config.mixture import StepValue
+from omni_ray.data.order_state import OrderState
+from omni_ray.data.permute import place
 from omni_ray.types.errors import DataError
+
+__all__ = ["Piece", "SampleRef", "StageDraws", "StepDraw", "drawn_before", "place", "samples_of_step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +26,8 @@ class SampleRef:
     """Source name in the recipe."""
     index: int
     """Number inside the source."""
+    turn: int = 0
+    """Which pass over its stream this is; what a sample leaves to chance is drawn afresh in every pass."""
 
     def __str__(self) -> str:
         return f"{self.source}:{self.index}"
@@ -61,6 +62,8 @@ class StepDraw:
     """Places in ``pieces`` of every micro-batch, where packing fixed them; None = groups of equal language work."""
     bad: tuple[str, ...] = ()
     """Draws that were skipped because their rows cannot even be counted."""
+    after: OrderState | None = None
+    """Where the order stands after the step: what a checkpoint keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +72,12 @@ class StageDraws:
 
     steps: int
     """Steps of the stage."""
-    mixture: Mapping[str, float]
+    mixture: Mapping[str, float | StepValue]
     """Samples per step by source; fractions are met exactly over time."""
+
+    def drawn(self, steps: int) -> dict[str, int]:
+        """Samples of each source in the stage's first steps."""
+        return {source: int(_value(value).total(steps)) for source, value in self.mixture.items()}
 
 
 def drawn_before(stages: Sequence[StageDraws], step: int) -> dict[str, int]:
@@ -78,8 +85,8 @@ def drawn_before(stages: Sequence[StageDraws], step: int) -> dict[str, int]:
     total: dict[str, int] = {}
     for stage in stages:
         inside = min(step, stage.steps)
-        for source, weight in stage.mixture.items():
-            total[source] = total.get(source, 0) + _floor(inside, weight)
+        for source, count in stage.drawn(inside).items():
+            total[source] = total.get(source, 0) + count
         step -= inside
     return total
 
@@ -104,22 +111,9 @@ def samples_of_step(stages: Sequence[StageDraws], step: int, sizes: Mapping[str,
         if size < 1:
             raise DataError(f"source {source!r} holds no samples; build or point to its shards")
         for number in range(before.get(source, 0), after[source]):
-            refs.append(SampleRef(source=source, index=place(seed, source, size, number)))
+            refs.append(SampleRef(source=source, index=place(seed, source, size, number), turn=number // size))
     return refs
 
 
-def place(seed: int, source: str, size: int, number: int) -> int:
-    """Which sample draw ``number`` of a source is."""
-    return int(_permutation(seed, source, size, number // size)[number % size])
-
-
-@lru_cache(maxsize=64)
-def _permutation(seed: int, source: str, size: int, epoch: int) -> NDArray[np.int64]:
-    digest = hashlib.sha256(f"{seed}/{source}/{epoch}".encode()).digest()
-    key = int.from_bytes(digest[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key)).permutation(size)
-
-
-def _floor(steps: int, weight: float) -> int:
-    # Weights are written as decimals; Fraction(str) keeps 0.1 exactly a tenth on every machine.
-    return int(Fraction(str(weight)) * steps)
+def _value(value: float | StepValue) -> StepValue:
+    return value if isinstance(value, StepValue) else StepValue(constant=value)

@@ -6,25 +6,38 @@ The feeder maps this function through Ray Data; tests, the reference and `data p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from omni_ray.balance.cost import language_cost, media_cost
 from omni_ray.balance.step_plan import PoolRanks, check_plan, make_plan, pack
+from omni_ray.config.mixture import Mixture, StepValue
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import encode_sample, loss_counts
 from omni_ray.data.decoded_cache import DecodedCache
 from omni_ray.data.media import decode_span
-from omni_ray.data.order import Piece, SampleRef, StageDraws, StepDraw, samples_of_step
+from omni_ray.data.mixture import SampleRows
+from omni_ray.data.order import Piece, SampleRef, StepDraw
+from omni_ray.data.order_state import OrderState
+from omni_ray.data.packing import sample_rows, slice_sample
+from omni_ray.data.planner import OrderPlanner, StageOrder
 from omni_ray.data.sources import FileSource, ReadLimits, is_there, open_configured
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.batch import OmniBatch, StepPlan
 from omni_ray.types.errors import DataError
 from omni_ray.types.modality import Modality
 from omni_ray.types.sample import EncodedSample, Sample
+
+MEASURED_SAMPLES = 200_000
+"""Samples whose row counts are kept."""
+READ_BYTES = 64 * 2**20
+"""Bytes of samples that were read to count their rows and are kept until they are decoded."""
+_Chosen = tuple[str, EncodedSample, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +53,34 @@ class PreparedStep:
     targets: frozenset[int]
     """Speech items that the model itself speaks."""
     bad: tuple[str, ...]
-    """Samples that could not be decoded and were replaced by the next one of their source."""
+    """Samples that could not be decoded: replaced by the next one of their source, or left out of their sequence."""
+    after: OrderState | None = None
+    """Where the order stands after this step: what a checkpoint keeps."""
 
 
 class StepBuilder:
     """Builds prepared steps of a recipe; holds the sources' indices and a cache of decoded samples."""
 
-    def __init__(self, recipe: Recipe, root: Path) -> None:
+    def __init__(self, recipe: Recipe, root: Path, *, state: OrderState | None = None) -> None:
+        """Open the sources.
+
+        Args:
+            recipe: The run.  root: Data root.
+            state: Where a resumed run goes on; steps before it are not drawn again.
+        """
         self.recipe = recipe
         self.root = root
         self.tokenizer = Tokenizer.load(root / "tokenizer.json")
-        self.draws = stage_draws(recipe, root)
-        used = {name for draws in self.draws for name in draws.mixture}
+        self.stages = stage_orders(recipe, root)
+        used = {name for stage in self.stages for name in stage.mixture.sources}
+        used |= {key.partition("[")[0] for key in (state.drawn if state else ())} & set(recipe.data.sources)
         self.sources = {name: open_source(recipe, root, name) for name in sorted(used)}
         self.sizes = {name: len(source) for name, source in self.sources.items()}
         self.ranks = pool_ranks(recipe)
+        self.planner = OrderPlanner(self.stages, self.sizes, recipe.seed, self.measure)
+        self._base, self._state = state, state
+        self._measured = lru_cache(maxsize=MEASURED_SAMPLES)(self._measure)
+        self._read = DecodedCache(READ_BYTES)
         self._kept = DecodedCache(recipe.data.cache_bytes)
 
     def build(self, step: int) -> PreparedStep:
@@ -66,9 +92,19 @@ class StepBuilder:
         return self.assemble(self.draw(step))
 
     def draw(self, step: int) -> StepDraw:
-        """Which samples the step takes; arithmetic, nothing is decoded."""
-        refs = samples_of_step(self.draws, step, self.sizes, self.recipe.seed)
-        return StepDraw(step=step, pieces=tuple(Piece(ref=ref) for ref in refs))
+        """Which samples the step takes; nothing is decoded.
+
+        Steps may be asked for in any order: forward from the last one is one step's arithmetic, elsewhere the state is
+        computed in closed form, or from the start where a nested mixture or packing carries it.
+
+        Raises:
+            DataError: as ``OrderPlanner.advance``, or the step lies before the state that the builder was given.
+        """
+        known = self._state if self._state is not None and self._state.step <= step else self._base
+        if self._base is not None and step < self._base.step:
+            raise DataError(f"step {step} lies before the data position, which is step {self._base.step}; start anew")
+        draw, self._state = self.planner.advance(self.planner.state_at(step, known))
+        return draw
 
     def assemble(self, draw: StepDraw) -> PreparedStep:
         """Rows, plan and decoded media of a drawn step; a pure function of the draw, in whatever process.
@@ -76,23 +112,27 @@ class StepBuilder:
         Raises:
             DataError: as :meth:`build`.
         """
-        stage, _ = self.recipe.stage_at(draw.step)
-        chosen, bad = [], list(draw.bad)
-        for piece in draw.pieces:
-            good, broken = self._good(piece.ref)
-            chosen.append(good)
+        number, _ = self.planner.stage_of(draw.step)
+        stage, plain = self.recipe.stages[number], self.stages[number].plain
+        chosen: list[_Chosen] = []
+        bad, kept = list(draw.bad), {}
+        for place, piece in enumerate(draw.pieces):
+            good, broken = self._good(piece.ref) if plain else self._alone(piece)
             bad += broken
+            if good is not None:
+                kept[place] = len(chosen)
+                chosen.append(good)
         samples = [encoded for _, encoded, _ in chosen]
-        for ref, encoded, _ in chosen:
+        for name, encoded, _ in chosen:
             if len(encoded) > stage.seq_len:
                 raise DataError(
-                    f"{ref} is {len(encoded)} rows long, stage {stage.name} takes {stage.seq_len}; raise its seq_len"
+                    f"{name} is {len(encoded)} rows long, stage {stage.name} takes {stage.seq_len}; raise its seq_len"
                 )
-        groups = draw.groups or pack(samples, stage.micro_batches)
+        groups = _kept_groups(draw.groups, kept) or pack(samples, stage.micro_batches)
         plan = make_plan(
             step=draw.step,
             stage=stage.name,
-            names=[str(ref) for ref, _, _ in chosen],
+            names=[name for name, _, _ in chosen],
             samples=samples,
             groups=groups,
             ranks=self.ranks,
@@ -107,48 +147,95 @@ class StepBuilder:
             media={item: chosen[i][2][k] for item, (i, k) in enumerate(spans)},
             targets=frozenset(item for item, (i, k) in enumerate(spans) if samples[i].spans[k].target),
             bad=tuple(bad),
+            after=draw.after,
         )
 
-    def _good(self, ref: SampleRef) -> tuple[tuple[SampleRef, EncodedSample, tuple[Any, ...]], list[str]]:
+    def measure(self, ref: SampleRef) -> SampleRows:
+        """Rows of a sample by what they count as; its media headers are read.
+
+        Raises:
+            DataError: they cannot be counted.
+        """
+        return self._measured(self._fixed(ref))
+
+    def _good(self, ref: SampleRef) -> tuple[_Chosen, list[str]]:
         """The sample, or the next good one of its source: skipping is as deterministic as the order."""
         broken: list[str] = []
         size = self.sizes[ref.source]
         for offset in range(min(size, 64)):
-            candidate = SampleRef(source=ref.source, index=(ref.index + offset) % size)
+            candidate = replace(ref, index=(ref.index + offset) % size)
             try:
-                encoded, media = self._decoded(candidate)
+                encoded, media = self._decoded(self._fixed(candidate))
             except DataError as error:
                 broken.append(f"{candidate}: {error}")
                 continue
-            return (candidate, encoded, media), broken
+            return (str(candidate), encoded, media), broken
         raise DataError(f"source {ref.source!r}: {len(broken)} samples in a row cannot be used; first {broken[0]}")
+
+    def _alone(self, piece: Piece) -> tuple[_Chosen | None, list[str]]:
+        """The piece, or nothing: where packing fixed the rows, nothing of another length can take a bad one's place."""
+        try:
+            encoded, media = self._decoded(self._fixed(piece.ref))
+        except DataError as error:
+            return None, [f"{piece}: {error}"]
+        part = slice_sample(encoded, piece.start, piece.stop)
+        offsets = {span.offset - piece.start for span in part.spans}
+        first = next((k for k, s in enumerate(encoded.spans) if s.offset - piece.start in offsets), 0)
+        return (str(piece), part, media[first : first + len(part.spans)]), []
+
+    def _fixed(self, ref: SampleRef) -> SampleRef:
+        """The reference by which a sample is kept: the pass matters only where something is left to chance."""
+        return replace(ref, turn=0)
+
+    def _encode(self, ref: SampleRef) -> tuple[Sample, EncodedSample]:
+        sample = self.sources[ref.source][ref.index]
+        return sample, encode_sample(sample, self.tokenizer, self.recipe.networks)
+
+    def _measure(self, ref: SampleRef) -> SampleRows:
+        _, encoded = self._read.get(ref, lambda: self._encode(ref), _read_bytes)
+        networks = self.recipe.networks
+        cost = language_cost(len(encoded)) + sum(media_cost(s.modality, s.cost, networks) for s in encoded.spans)
+        return sample_rows(encoded, cost)
 
     def _decoded(self, ref: SampleRef) -> tuple[EncodedSample, tuple[Any, ...]]:
         value: tuple[EncodedSample, tuple[Any, ...]] = self._kept.get(ref, lambda: self._decode(ref), decoded_bytes)
         return value
 
     def _decode(self, ref: SampleRef) -> tuple[EncodedSample, tuple[Any, ...]]:
-        sample: Sample = self.sources[ref.source][ref.index]
-        networks = self.recipe.networks
-        encoded = encode_sample(sample, self.tokenizer, networks)
+        sample, encoded = self._read.take(ref) or self._encode(ref)
         memory: dict[str, Any] = {}
-        return encoded, tuple(decode_span(sample, span, networks, memory) for span in encoded.spans)
+        return encoded, tuple(decode_span(sample, span, self.recipe.networks, memory) for span in encoded.spans)
 
 
-def stage_draws(recipe: Recipe, root: Path) -> list[StageDraws]:
-    """Steps and mixture of every stage over the sources that are there; an absent source's share goes to its fallback.
+def stage_orders(recipe: Recipe, root: Path) -> list[StageOrder]:
+    """Every stage's mixture over the sources that are there; an absent source's share goes to its fallback.
 
     Raises:
         DataError: a source is absent and names no fallback.
     """
-    draws = []
-    for stage in recipe.stages:
-        mixture: dict[str, float] = {}
-        for name, weight in stage.mixture.items():
-            chosen = _present(recipe, root, name)
-            mixture[chosen] = mixture.get(chosen, 0.0) + weight
-        draws.append(StageDraws(steps=stage.steps, mixture=mixture))
-    return draws
+    return [
+        StageOrder(
+            name=stage.name,
+            steps=stage.steps,
+            mixture=_over_present(recipe, root, stage.mixture),
+            packing=stage.packing,
+            sequences=stage.micro_batches,
+            rows=stage.sequence_rows,
+        )
+        for stage in recipe.stages
+    ]
+
+
+def _over_present(recipe: Recipe, root: Path, mixture: Mixture) -> Mixture:
+    present = {name: _present(recipe, root, name) for name in mixture.sources}
+    if all(name == chosen for name, chosen in present.items()):
+        return mixture
+    if mixture.counts is None:
+        return mixture.with_sources(present)
+    counts: dict[str, StepValue] = {}
+    for name, value in mixture.counts.items():
+        counts[present[name]] = counts[present[name]].plus(value) if present[name] in counts else value
+    return Mixture(counts=counts)
 
 
 def _present(recipe: Recipe, root: Path, name: str) -> str:
@@ -183,6 +270,17 @@ def decoded_bytes(decoded: tuple[EncodedSample, tuple[Any, ...]]) -> int:
     encoded, media = decoded
     rows = encoded.ids_T5.nbytes + encoded.labels_T5.nbytes + encoded.loss_kind_T.nbytes
     return rows + sum(int(item.nbytes) for item in media)
+
+
+def _read_bytes(read: tuple[Sample, EncodedSample]) -> int:
+    sample, encoded = read
+    return sum(len(raw) for raw in sample.media.values()) + decoded_bytes((encoded, ()))
+
+
+def _kept_groups(groups: tuple[tuple[int, ...], ...] | None, kept: Mapping[int, int]) -> list[list[int]]:
+    """Packed groups by the numbers of the pieces that could be decoded; a group without any falls away."""
+    found = [[kept[place] for place in group if place in kept] for group in groups or ()]
+    return [group for group in found if group]
 
 
 def pool_ranks(recipe: Recipe) -> PoolRanks:

@@ -64,7 +64,7 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
 
 def media_stage(recipe: Recipe) -> Recipe:
     """The recipe cut down to its stage with the most sources, long enough for the bench."""
-    stage = max(recipe.stages, key=lambda s: len(s.mixture))
+    stage = max(recipe.stages, key=lambda s: len(s.mixture.sources))
     return recipe.model_copy(update={"stages": (stage.model_copy(update={"steps": 400}),)})
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -15,11 +16,15 @@ from actors.pool import Pool
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.config.recipe import Recipe
-from omni_ray.data.order import drawn_before
+from omni_ray.data.order_state import OrderState
 from omni_ray.observability.events import emit
-from omni_ray.training.prepare import stage_draws
+from omni_ray.training.data_position import guarantees, resumed_state
+from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.errors import CheckpointError
 from pipelines.training.data_root import data_fingerprint, data_root
+
+ORDER_KEYS = ("mixture", "packing", "micro_batches", "seq_len", "steps")
+"""Keys of a stage that the data position compares by itself, with a sentence for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,10 @@ class ResumePoint:
     """First step to run."""
     checkpoint: Path | None
     """Folder to load, or None to start from the recipe."""
+    guarantees: Mapping[str, Any]
+    """What the data position rests on; goes into every checkpoint of the run."""
+    order: OrderState | None = None
+    """Data position to go on from."""
 
 
 def resume_point(recipe: Recipe, out: Path, resume: bool) -> ResumePoint:
@@ -40,23 +49,35 @@ def resume_point(recipe: Recipe, out: Path, resume: bool) -> ResumePoint:
     """
     newest = store.newest(out / "checkpoints")
     if newest is None:
-        return ResumePoint(step=0, checkpoint=None)
+        return ResumePoint(step=0, checkpoint=None, guarantees=guarantees(StepBuilder(recipe, data_root(recipe))))
     if not resume:
         raise CheckpointError(
             f"{out} already holds {newest.name}; add --resume to continue it, or choose another --out"
         )
-    state = store.read_state(newest)
-    for what, mine in (("recipe", recipe.numbers_fingerprint()), ("data", data_fingerprint(data_root(recipe)))):
+    state, root = store.read_state(newest), data_root(recipe)
+    builder, accepted = StepBuilder(recipe, root), recipe.checkpoint.accept_changed
+    order: OrderState | None = None
+    # Where only the order can differ, the position says by name what does; anything else is another run altogether.
+    if state.get("recipe_but_order") == recipe.numbers_fingerprint(without=ORDER_KEYS):
+        order = resumed_state(builder, state["order"], accepted)
+    mine_recipe = state["recipe"] if order is not None and accepted else recipe.numbers_fingerprint()
+    for what, mine in (("recipe", mine_recipe), ("data", data_fingerprint(root))):
         if state[what] != mine:
             raise CheckpointError(
                 f"{newest} was made by another {what} (fingerprint {state[what]}, now {mine}); resuming would not "
                 f"continue the same run: restore the {what}, or start in another --out"
             )
-    return ResumePoint(step=int(state["step"]), checkpoint=newest)
+    return ResumePoint(step=int(state["step"]), checkpoint=newest, guarantees=guarantees(builder), order=order)
 
 
-def save_checkpoint(recipe: Recipe, out: Path, step: int, pools: Mapping[str, Pool]) -> Path:
+def save_checkpoint(
+    recipe: Recipe, out: Path, step: int, pools: Mapping[str, Pool], position: Mapping[str, Any]
+) -> Path:
     """Write the state after ``step`` steps: weights and optimizer of all pools, data position, recipe, versions.
+
+    Args:
+        recipe: The run.  out: Its folder.  step: Steps done.  pools: Whose weights.
+        position: Output of ``position_record`` there.
 
     Raises:
         CheckpointError: it cannot be written; earlier ones stay intact.
@@ -68,16 +89,15 @@ def save_checkpoint(recipe: Recipe, out: Path, step: int, pools: Mapping[str, Po
         save_recipe(recipe, folder / "recipe.yaml")
         (folder / "tokenizer.json").write_bytes((root / "tokenizer.json").read_bytes())
         stage = recipe.stage_at(step - 1)[0].name if step else ""
-        draws = stage_draws(recipe, root)
         store.write_state(
             folder,
             {
                 "step": step,
                 "stage": stage,
-                "mixture": [dict(stage.mixture) for stage in draws],
-                "drawn": drawn_before(draws, step),
+                "order": position,
                 "seed": recipe.seed,
                 "recipe": recipe.numbers_fingerprint(),
+                "recipe_but_order": recipe.numbers_fingerprint(without=ORDER_KEYS),
                 "data": data_fingerprint(root),
             },
         )

@@ -25,9 +25,10 @@ from omni_ray.data.bad_samples import BadSamples
 from omni_ray.observability.events import emit
 from omni_ray.observability.metrics import MetricsWriter
 from omni_ray.observability.progress import Progress
+from omni_ray.training.data_position import position_record
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.batch import StepPlan
-from pipelines.training.checkpoint import lock_run, resume_point, save_checkpoint
+from pipelines.training.checkpoint import ResumePoint, lock_run, resume_point, save_checkpoint
 from pipelines.training.data_root import data_root
 from pipelines.training.step import StepDriver, StepHandles, StepResult
 
@@ -72,7 +73,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, quiet: bool = False) 
         save_recipe(recipe, out / "recipe.yaml")
         stack.enter_context(local_or_joined())
         stop = stack.enter_context(stop_signals())  # after ray.init, which sets a SIGTERM handler of its own
-        run = _Run(recipe, out, root, point.step, point.checkpoint, quiet)
+        run = _Run(recipe, out, root, point, quiet)
         stack.callback(run.close)
         done = run.steps(stop)
     return _result(out, done, recipe, started)
@@ -87,12 +88,13 @@ def plan(recipe: Recipe, steps: int = 1) -> list[StepPlan]:
 class _Run:
     """Pools, feeder and writers of one call of :func:`train`."""
 
-    def __init__(self, recipe: Recipe, out: Path, root: Path, first: int, checkpoint: Path | None, quiet: bool) -> None:
-        self.recipe, self.out, self.first = recipe, out, first
+    def __init__(self, recipe: Recipe, out: Path, root: Path, point: ResumePoint, quiet: bool) -> None:
+        first, checkpoint = point.step, point.checkpoint
+        self.recipe, self.out, self.first, self.guarantees = recipe, out, first, point.guarantees
         emit("train_start", out=str(out), first_step=first, steps=recipe.total_steps)
         self.pools: dict[str, Pool] = {}
         feeder: Any = ray.remote(Feeder)
-        self.feeder: Any = feeder.options(num_cpus=0.1).remote(recipe, root, first)
+        self.feeder: Any = feeder.options(num_cpus=0.1).remote(recipe, root, first, point.order)
         self.next_plan: Any = self.feeder.plan.remote(first)  # data starts while the pools import torch
         self.pools = start_pools(recipe, POOL_NAMES, checkpoint)
         self.driver = StepDriver(recipe, self.pools, self.feeder)
@@ -118,7 +120,7 @@ class _Run:
             done = step + 1
             if stop.is_set() or done % recipe.checkpoint.every_steps == 0 or done == recipe.total_steps:
                 self._drain(flying)
-                save_checkpoint(recipe, self.out, done, self.pools)
+                save_checkpoint(recipe, self.out, done, self.pools, self._position(done))
                 if stop.is_set():
                     break
         self._drain(flying)
@@ -144,6 +146,9 @@ class _Run:
             emit("bad_sample", step=step, sample=sentence)
         self.bad.check()
         return plan
+
+    def _position(self, step: int) -> dict[str, Any]:
+        return position_record(ray.get(self.feeder.position.remote(step)), self.guarantees)
 
     def _drain(self, flying: deque[StepHandles]) -> None:
         while flying:

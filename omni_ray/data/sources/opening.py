@@ -150,7 +150,12 @@ def find_shards(storage: Storage, path: str, split: str, form: str = "auto") -> 
 
 
 def _is_shard(name: str, form: str) -> bool:
-    if name in _NOT_SHARDS or name.startswith((".", "cache-", "indices-")) or name.endswith(INDEX_SUFFIX):
+    # .index.json: what version 0.1.0 kept beside a tar
+    if (
+        name in _NOT_SHARDS
+        or name.startswith((".", "cache-", "indices-"))
+        or name.endswith((INDEX_SUFFIX, ".index.json"))
+    ):
         return False
     kind = ENDINGS.get(posixpath.splitext(name)[1])
     return kind is not None and (form == "auto" or kind == form or {form, kind} == {"jsonl", "llava"})
