@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.worker import EncoderWorker
+from omni_ray.data.media import sound_rows
+from omni_ray.types.sample import SoundPart
 
 
 class AudioWorker(EncoderWorker):
@@ -16,7 +17,6 @@ class AudioWorker(EncoderWorker):
 
     network_name = "audio"
 
-    def encode(self, media: Sequence[NDArray]) -> tuple[Tensor, tuple[int, ...]]:
-        """Encode utterances: float32 waves [S] at 16 kHz."""
-        rows_ID, lengths = self.network([torch.from_numpy(wave.copy()) for wave in media])
-        return rows_ID, tuple(int(length) for length in lengths)
+    def encode(self, media: Sequence[NDArray | SoundPart]) -> tuple[Tensor, tuple[int, ...]]:
+        """Encode utterances: float32 waves [S] at 16 kHz, or stretches of them."""
+        return sound_rows(self.network, media)

@@ -22,7 +22,7 @@ MAX_SOUND_S = 120.0
 _MIN_RATE, _MAX_RATE = 4_000, 384_000
 _MAX_KERNEL = 4_000_000
 _STREAMED_BYTES = 0x7FFF_0000
-_FRAME_S, _SHIFT_S = 0.025, 0.010
+_FRAME_S, FRAME_SHIFT_S = 0.025, 0.010
 
 
 def decode_audio(raw: bytes, name: str, sample_rate_hz: int = 16000) -> Wave:
@@ -81,7 +81,7 @@ def audio_rows(samples: int, config: AudioConfig) -> int:
     Raises:
         MediaError: shorter than one 25 ms frame.
     """
-    frame, shift = round(_FRAME_S * config.sample_rate_hz), round(_SHIFT_S * config.sample_rate_hz)
+    frame, shift = round(_FRAME_S * config.sample_rate_hz), round(FRAME_SHIFT_S * config.sample_rate_hz)
     if samples < frame:
         raise MediaError(f"a sound of {samples} samples is shorter than one frame of {frame}; send at least 25 ms")
     return math.ceil(((samples - frame) // shift + 1) / config.stride)

@@ -118,20 +118,14 @@ class OrderPlanner:
         number, inside = self.stage_of(state.step)
         stage = self.stages[number]
         hand = _Hand(self, state, number, inside)
+        groups = None
         if stage.plain:
-            groups = None
-            counts = _plain_counts(stage, inside)
-            for source in self.streams:  # in the order in which the curriculum first names them
-                for _ in range(counts.pop(source, 0)):
-                    hand.place(hand.take(self._stream(source)))
-            if any(counts.values()):
-                self._stream(next(source for source, count in counts.items() if count))
+            hand.counts(stage)
         elif stage.packing.kind == "best_fit":
             groups = hand.best_fit(stage)
         elif stage.packing.kind == "split":
             groups = hand.split(stage)
         else:
-            groups = None
             hand.amount(stage)
         last = inside + 1 == stage.steps
         after = hand.state(state, leaves_stage=last)
@@ -140,7 +134,7 @@ class OrderPlanner:
 
     def ref(self, held: Held) -> SampleRef:
         """The sample of a draw."""
-        stream = self._stream(held.stream)
+        stream = self.stream(held.stream)
         inside = place(self.seed, stream.key, stream.size, held.number)
         return SampleRef(source=stream.source, index=stream.first + inside, turn=held.number // stream.size)
 
@@ -148,7 +142,12 @@ class OrderPlanner:
         """Nested mixture of a stage."""
         return self._trees[number]
 
-    def _stream(self, key: str) -> Stream:
+    def stream(self, key: str) -> Stream:
+        """The stream of a key.
+
+        Raises:
+            DataError: its source is empty or not there.
+        """
         if key not in self.streams:  # drawn under another mixture, and still to be placed
             self.streams[key] = stream_of_key(key, self.sizes)
         return self.streams[key]
@@ -222,6 +221,18 @@ class _Hand:
             self.rows = [before + more for before, more in zip(self.rows, rows.by_modality, strict=True)]
             return held, rows
         raise DataError(f"{MOST_BAD} samples in a row cannot be used; the first: {self.bad[-MOST_BAD]}")
+
+    def counts(self, stage: StageOrder) -> None:
+        """Draw the plain form's samples, in the order in which the curriculum first names their sources."""
+        counts = _plain_counts(stage, self.inside)
+        known = [source for source in self.planner.streams if source in counts]
+        for source in (*known, *(source for source in counts if source not in known)):
+            for _ in range(counts[source]):
+                self.place(self.take(self.planner.stream(source)))
+        if not self.pieces:
+            raise DataError(
+                f"step {self.inside} of stage {stage.name} draws no samples: its counts sum to less than 1; raise them"
+            )
 
     def best_fit(self, stage: StageOrder) -> tuple[tuple[int, ...], ...]:
         """Fill sequences with whole samples out of a full buffer."""

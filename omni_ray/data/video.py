@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,19 @@ def _plan(track: _Track, config: VisionConfig) -> VideoPlan:
     chosen = choose_frames(len(stamps_s), _rate(stamps_s), config.max_frames)
     step = config.temporal_patch_size
     pairs = math.ceil(len(chosen) / step)
-    budget = max(config.min_patches, config.max_patches // pairs)
-    height, width = fit_size(height, width, config, max_patches=max(budget, _floor_patches(config)))
     start = stamps_s[0]
     return VideoPlan(
         frames=chosen,
         times_s=tuple(stamps_s[chosen[i * step]] - start for i in range(pairs)),
-        grid=(pairs, height // config.patch_size, width // config.patch_size),
+        grid=(pairs, *fit_frames(height, width, pairs, config)),
     )
+
+
+def fit_frames(height: int, width: int, pairs: int, config: VisionConfig) -> tuple[int, int]:
+    """(patch rows, patch columns) of a frame where the pairs of a clip share its budget of patches."""
+    budget = max(config.min_patches, config.max_patches // pairs)
+    height, width = fit_size(height, width, config, max_patches=max(budget, _floor_patches(config)))
+    return height // config.patch_size, width // config.patch_size
 
 
 def video_patches(raw: bytes, name: str, config: VisionConfig) -> Patches:
@@ -94,6 +99,29 @@ def video_extent(raw: bytes, name: str) -> tuple[int, int, int]:
     """
     track = _read_track(raw, name)
     return len(track.times_s), track.height, track.width
+
+
+def frame_times(raw: bytes, name: str) -> tuple[list[float], int, int]:
+    """(when each frame is shown in seconds from the first, height, width) of a clip; nothing is decoded.
+
+    Raises:
+        MediaError: as :func:`plan_video`.
+    """
+    track = _read_track(raw, name)
+    return [time_s - track.times_s[0] for time_s in track.times_s], track.height, track.width
+
+
+def frames_at(raw: bytes, name: str, numbers: Sequence[int], size: tuple[int, int]) -> dict[int, NDArray[np.uint8]]:
+    """Frames by number, each [h, w, 3] at a final size.
+
+    Raises:
+        MediaError: as :func:`video_frames`.
+    """
+    wanted = tuple(sorted(set(numbers)))
+    found = [resize(frame, size) for frame in _wanted_frames(raw, name, _read_track(raw, name), wanted)]
+    if len(found) != len(wanted):
+        raise MediaError(f"{name} promises frame {wanted[-1]} and cannot be decoded that far; export it again")
+    return dict(zip(wanted, found, strict=True))
 
 
 def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:

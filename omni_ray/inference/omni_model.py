@@ -18,7 +18,7 @@ from torch import Tensor
 from omni_ray.checkpoint.store import check_whole
 from omni_ray.config.model import OmniConfig
 from omni_ray.data.chat import fill_codec_rows
-from omni_ray.data.media import patch_rows
+from omni_ray.data.media import patch_rows, sound_rows
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.engine import Engine
 from omni_ray.inference.prompt import Answer, Conversation, PreparedPrompt, prepare, read_answer
@@ -157,7 +157,8 @@ class OmniModel:
 
         Args:
             modality: Which encoder.
-            media: Vision: uint8 frames [1 or 2, h, w, 3]; audio, speech: float32 waves [S] at the network's rate.
+            media: Vision: uint8 frames [1 or 2, h, w, 3]; audio, speech: float32 waves [S] at the network's
+                rate, or stretches of a sound.
         Returns:
             [n, H] features, or [frames, 4] codes for speech.
         """
@@ -173,7 +174,7 @@ class OmniModel:
                 rows = self.vision(torch.from_numpy(patches_PC), grids)
                 lengths: Sequence[int] = [self.vision.tokens(grid) for grid in grids]
             else:
-                rows, lengths = self.audio([torch.from_numpy(np.array(wave)) for wave in part])
+                rows, lengths = sound_rows(self.audio, part)
             out += rows.split(list(lengths))
         return out
 

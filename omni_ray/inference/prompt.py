@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from omni_ray.config.model import OmniConfig
 from omni_ray.data.chat import answer_text, generation_prompt, undo_delay
-from omni_ray.data.media import decode_span
+from omni_ray.data.media import decode_spans
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.requests import Generation
 from omni_ray.types.batch import AUDIO_EOS, AUDIO_PAD, NUM_CODEBOOKS
@@ -86,8 +86,7 @@ def prepare(conversation: Conversation, voice: bool, tokenizer: Tokenizer, model
     """
     encoded = generation_prompt(conversation.messages, voice, tokenizer, model, media=conversation.media)
     sample = Sample(key=encoded.key, kind="prompt", messages=conversation.messages, media=conversation.media)
-    memory: dict[str, Any] = {}
-    media = tuple(decode_span(sample, span, model, memory) for span in encoded.spans)
+    media = decode_spans(sample, encoded.spans, model)
     return PreparedPrompt(encoded=encoded, media=media, voice=voice)
 
 

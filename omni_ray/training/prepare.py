@@ -20,7 +20,7 @@ from omni_ray.config.mixture import Mixture, StepValue
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import encode_sample, loss_counts
 from omni_ray.data.decoded_cache import DecodedCache
-from omni_ray.data.media import decode_span
+from omni_ray.data.media import decode_spans
 from omni_ray.data.mixture import SampleRows
 from omni_ray.data.order import Piece, SampleRef, StepDraw
 from omni_ray.data.order_state import OrderState
@@ -203,8 +203,7 @@ class StepBuilder:
 
     def _decode(self, ref: SampleRef) -> tuple[EncodedSample, tuple[Any, ...]]:
         sample, encoded = self._read.take(ref) or self._encode(ref)
-        memory: dict[str, Any] = {}
-        return encoded, tuple(decode_span(sample, span, self.recipe.networks, memory) for span in encoded.spans)
+        return encoded, decode_spans(sample, encoded.spans, self.recipe.networks)
 
 
 def stage_orders(recipe: Recipe, root: Path) -> list[StageOrder]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import fill_codec_rows
-from omni_ray.data.media import patch_rows
+from omni_ray.data.media import patch_rows, sound_rows
 from omni_ray.training.loss import TERMS, auxiliary, means, objective, term_scales
 from omni_ray.training.networks import POOLS, build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
@@ -99,7 +99,7 @@ class Reference:
                     patches, grids = patch_rows(media, network.config)
                     rows_ID = network(torch.from_numpy(patches), grids)
                 else:
-                    rows_ID, _ = network([torch.from_numpy(wave.copy()) for wave in media])
+                    rows_ID, _ = sound_rows(network, media)
             out.append((members, rows_ID, rows_ID.detach().clone().requires_grad_(trains)))
         return out
 

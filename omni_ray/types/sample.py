@@ -19,7 +19,10 @@ class Sample:
     ``messages`` is a list of ``{"role": "system"|"user"|"assistant"|"voice", "content": [part, ...]}``; a part is
     ``{"type": "text", "text": str}``, or ``{"type": "image"|"video"|"audio"|"speech", "media": NAME}`` with NAME a
     key of ``media``.  ``audio`` is heard through the audio encoder, ``speech`` becomes codec rows; a ``speech`` part
-    may carry ``"text"``: the words spoken in parallel.  A text part with ``"as": "audio"`` stands between the audio
+    may carry ``"text"``: the words spoken in parallel.  ``audio_visual`` puts a film's sound (its own, or the member
+    that ``"sound"`` names) between its frames, chunk by chunk; a film may name a window by ``from_s``, ``until_s`` and,
+    for single frames, ``every_s``.  ``fragments`` holds ``{"text", "media"}`` pairs of which one side is dropped at
+    random.  A text part with ``"as": "audio"`` stands between the audio
     marks, in the place of a sound.  Role ``text`` is running text without a role's name.
     """
 
@@ -57,6 +60,33 @@ class MediaSpan:
     """Video only: which frame pair this span shows; -1 for a whole item."""
     target: bool = False
     """Speech only: its codec rows are answers, so the audio heads learn them."""
+    frames: tuple[int, ...] = ()
+    """Video only: numbers of the frames that it shows, where a window chose them; else ``frame_pair`` tells."""
+    first_row: int = 0
+    """Audio only: first of the sound's rows that stand here, where a sound is cut into chunks."""
+    of_rows: int = 0
+    """Audio only: rows of the whole sound where this span holds a stretch of it; 0 = the span is the whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoundPart:
+    """A stretch of a sound's rows: the sound is encoded whole, and these rows of it are used."""
+
+    wave: NDArray[np.float32]
+    """[S], the whole sound."""
+    first: int
+    """First row."""
+    rows: int
+    """How many."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the wave, which all parts of a sound share."""
+        return int(self.wave.nbytes)
+
+    def tobytes(self) -> bytes:
+        """Wave and stretch, for hashes."""
+        return self.wave.tobytes() + bytes(str((self.first, self.rows)), "ascii")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
