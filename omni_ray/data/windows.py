@@ -6,6 +6,7 @@ Two frames a second make a pair a second; sparse frames come every ``every_s`` a
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,9 +67,10 @@ def plan_window(raw: bytes, name: str, window: Window, config: VisionConfig) -> 
         MediaError: as ``plan_video``, or a window beyond the end of the film.
     """
     stamps_s, height, width = frame_times(raw, name)
-    end_s = stamps_s[-1] if window.until_s is None else min(window.until_s - _LATE_S, stamps_s[-1])
     every_s = window.every_s or 1 / DEFAULT_FPS
-    looks = int((end_s - window.from_s) / every_s + _LATE_S) + 1 if end_s >= window.from_s - _LATE_S else 0
+    looks = math.floor((stamps_s[-1] - window.from_s) / every_s + _LATE_S) + 1
+    if window.until_s is not None:  # the frame at its end belongs to what comes after
+        looks = min(looks, math.ceil((window.until_s - window.from_s) / every_s - _LATE_S))
     if looks < 1:
         raise MediaError(f"{name} ends after {stamps_s[-1]:.1f} s, before the window at {window.from_s:g} s; cut it")
     times_s = [window.from_s + i * every_s for i in range(looks)]
