@@ -18,6 +18,7 @@ from omni_ray.config.recipe import Recipe
 from omni_ray.data.audio import encode_flac
 from omni_ray.data.image import encode_png
 from omni_ray.data.tokenizer import Tokenizer
+from omni_ray.data.video import encode_mp4
 from omni_ray.models.audio_encoder import AudioEncoder
 from omni_ray.models.codec import Codec
 from omni_ray.models.vision_encoder import VisionEncoder
@@ -28,16 +29,18 @@ STAGES: list[dict[str, Any]] = [
     {
         "name": "S2",
         "steps": 4,
-        "mixture": {"text": 3, "picture": 6, "speech": 2, "audio": 3},
+        "mixture": {"text": 3, "picture": 6, "speech": 2, "audio": 3, "film": 1},
         "trainable": ["language", "audio_heads", "vision", "vision_projector", "audio_projector"],
         "micro_batches": 3,
     },
     {
         "name": "S5",
         "steps": 2,
-        "mixture": {"audio": 6},
+        "mixture": {"blend": [{"source": "audio", "weight": 3}, {"source": "text", "weight": 1}]},
         "trainable": ["audio", "audio_projector"],
         "micro_batches": 3,
+        "seq_len": 96,
+        "packing": {"kind": "best_fit", "lookahead": 8},
     },
 ]
 
@@ -55,6 +58,10 @@ def write_world(root: Path) -> None:
     def picture() -> bytes:
         return encode_png(rng.integers(0, 255, (56, 56, 3), dtype=np.uint8))
 
+    def film() -> bytes:
+        frames = rng.integers(0, 255, (4, 56, 56, 3), dtype=np.uint8)
+        return encode_mp4(frames, 2, (rng.standard_normal(24000) * 0.1).astype(np.float32))
+
     answer = {"role": "assistant", "content": [_text(" red seven")]}
     spoken = {"role": "voice", "content": [{"type": "speech", "media": "0.flac", "text": " blue two"}]}
     texts = ["what digit " + "is it " * int(rng.integers(1, 6)) for _ in range(60)]
@@ -64,6 +71,8 @@ def write_world(root: Path) -> None:
     heard = [_user({"type": "audio", "media": "0.flac"}, question), answer]
     _write(root / "picture", [("image_question", seen, {"0.png": picture()}) for _ in range(40)])
     _write(root / "audio", [("audio_question", heard, {"0.flac": wave()}) for _ in range(40)])
+    shown = [_user({"type": "video", "media": "0.mp4"}, {"type": "audio", "media": "0.mp4"}, question), answer]
+    _write(root / "film", [("film_question", shown, {"0.mp4": film()}) for _ in range(4)])
     said = [_user(_text("say blue two")), spoken]
     _write(root / "speech", [("say", said, {"0.flac": wave()}) for _ in range(20)])
     (root / "manifest.json").write_text("{}")
@@ -80,7 +89,9 @@ def write_components(folder: Path) -> None:
 
 def mini_recipe(base: Path, **changes: Any) -> Recipe:
     """A ten-step recipe over the four pools; ``changes`` replace whole sections."""
-    sources = {name: {"path": "{data}/" + name} for name in ("text", "picture", "audio", "speech")}
+    names = ("text", "picture", "audio", "speech", "film")
+    sources: dict[str, Any] = {name: {"path": "{data}/" + name} for name in names}
+    sources["film"]["form"] = "chunked"
     raw: dict[str, Any] = {
         "size": "tiny",
         "components": str(base / "components"),

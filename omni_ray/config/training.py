@@ -50,6 +50,11 @@ class SourceConfig(Checked):
     """Whether records may name http addresses."""
     split: str = "train"
     """Shards whose name starts with this."""
+    form: Literal["as_is", "asr", "tts", "asr_tts", "understand", "chunked", "interleave"] = "as_is"
+    """What is made of its samples: dictation, reading aloud, a task for the audio encoder, sound between frames, speech
+    between words (``omni_ray/data/forms.py``)."""
+    prompts: tuple[str, ...] = ()
+    """Wordings of the form's task, chosen at random; none = its own."""
     fallback: str | None = None
     """Source that takes over the share where this one's shards are absent (no human speech, say); None refuses."""
 

@@ -20,6 +20,7 @@ from omni_ray.config.mixture import Mixture, StepValue
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import encode_sample, loss_counts
 from omni_ray.data.decoded_cache import DecodedCache
+from omni_ray.data.forms import CHANCE_FORMS, chance_of, shaped
 from omni_ray.data.media import decode_spans
 from omni_ray.data.mixture import SampleRows
 from omni_ray.data.order import Piece, SampleRef, StepDraw
@@ -185,11 +186,13 @@ class StepBuilder:
 
     def _fixed(self, ref: SampleRef) -> SampleRef:
         """The reference by which a sample is kept: the pass matters only where something is left to chance."""
-        return replace(ref, turn=0)
+        return ref if self.recipe.data.sources[ref.source].form in CHANCE_FORMS else replace(ref, turn=0)
 
     def _encode(self, ref: SampleRef) -> tuple[Sample, EncodedSample]:
-        sample = self.sources[ref.source][ref.index]
-        return sample, encode_sample(sample, self.tokenizer, self.recipe.networks)
+        config = self.recipe.data.sources[ref.source]
+        chance = chance_of(self.recipe.seed, ref.source, ref.index, ref.turn)
+        sample = shaped(self.sources[ref.source][ref.index], config.form, chance, config.prompts)
+        return sample, encode_sample(sample, self.tokenizer, self.recipe.networks, chance)
 
     def _measure(self, ref: SampleRef) -> SampleRows:
         _, encoded = self._read.get(ref, lambda: self._encode(ref), _read_bytes)
