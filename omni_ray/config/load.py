@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from omni_ray.config.energon import expand_energon
 from omni_ray.config.recipe import Recipe
 from omni_ray.types.errors import ConfigError
 
@@ -37,6 +38,7 @@ def load_recipe(path_or_preset: str, overrides: list[str] | None = None) -> Reci
     raw = _read(path_or_preset)
     for word in overrides or []:
         _override(raw, word)
+    expand_energon(raw, Path(path_or_preset).parent)
     return check_recipe(raw, path_or_preset)
 
 
