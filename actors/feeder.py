@@ -10,7 +10,8 @@ from __future__ import annotations
 import pickle
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from actors.transport import pack
 from omni_ray.bridge.route import RouteTable
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.order_state import OrderState
+from omni_ray.training.gap_measure import next_measurement, validation_recipe
 from omni_ray.training.prepare import PreparedStep, StepBuilder
 from omni_ray.types.batch import StepPlan
 from omni_ray.types.modality import Modality
@@ -60,6 +62,7 @@ class Feeder:
         """
         self.recipe = recipe
         self.state = state
+        self._validation: dict[int, StepBuilder] = {}
         self._positions: OrderedDict[int, OrderState] = OrderedDict()
         self.root = root
         self._next = first_step
@@ -69,7 +72,7 @@ class Feeder:
     def plan(self, step: int) -> tuple[StepPlan, tuple[str, ...]]:
         """The plan of a step and its bad samples; steps are asked for in order."""
         if self._rows is None:
-            self._rows = self._stream(step)
+            self._rows = self._stream(step)  # from self.state, which is the position there
         while step not in self._ready:
             row = next(self._rows)
             plan, batches, media, targets, bad, after = pickle.loads(row["prepared"])
@@ -83,6 +86,27 @@ class Feeder:
     def position(self, step: int) -> OrderState:
         """Where the order stands before ``step``, one of the last that were planned: for a checkpoint."""
         return self._positions[step]
+
+    def weigh(self, step: int, factors: Mapping[str, float]) -> None:
+        """Go on from ``step`` with other weights; what was prepared from there on is forgotten."""
+        state = self._positions.get(step) or self.state
+        assert state is not None
+        assert state.step == step
+        self.state = replace(state, factors=dict(factors))
+        self._rows = None
+        self._ready = {number: prepared for number, prepared in self._ready.items() if number < step}
+
+    def validation(self, stage: int, subset: int) -> list[Any]:
+        """A subset's validation samples as one packed batch with its context, and their media by modality."""
+        if stage not in self._validation:
+            self._validation[stage] = StepBuilder(validation_recipe(self.recipe, stage), self.root)
+        prepared = self._validation[stage].build(subset)
+        context = StepContext(counts=prepared.plan.counts, items=prepared.plan.items, targets=prepared.targets)
+        media = [
+            [prepared.media[item.id] for item in prepared.plan.items if item.modality == modality]
+            for modality in Modality
+        ]
+        return [(pack(prepared.batches[0]), context), *media]
 
     def _keep_position(self, after: OrderState) -> None:
         self._positions[after.step] = after
@@ -116,7 +140,7 @@ class Feeder:
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
             object_store_memory=200e6
         )
-        count = self.recipe.total_steps - first
+        count = next_measurement(self.recipe, first) - first  # what comes after has weights not known yet
         blocks = max(1, count // STEPS_PER_BLOCK)  # small blocks, or nothing streams
         steps = ray.data.range(count, override_num_blocks=blocks).map(lambda row: {"step": row["id"] + first})
         prepared = steps.map(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from actors.worker import NetworkWorker, Rank
 from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.modality_bridge import place, take_back
+from omni_ray.config.curriculum import LossWeights
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import fill_codec_rows
 from omni_ray.data.tokenizer import Tokenizer
@@ -93,6 +96,30 @@ class LanguageWorker(NetworkWorker):
         self.keep_term(micro_batch)
         return [take_back(_gradient(values_ID), arrived) for arrived, values_ID in leaves]
 
+    @torch.no_grad()
+    def validate(
+        self, payload: tuple[OmniBatch, StepContext], features: Sequence[Sequence[Any]], codes: Sequence[Any]
+    ) -> tuple[float, int]:
+        """Cross-entropy of the text head on a validation batch; statistics and gradients stay as they are.
+
+        Args:
+            payload: Packed rows, and their items.  features: Rows [n, D] of every vision item, then of every audio
+                item.  codes: [N, 4] of every speech item.
+        Returns:
+            (sum over the rows with a text target, pads beside codec rows left out; number of those rows).
+        """
+        batch, context = payload
+        speech = given(context.items, Modality.SPEECH, codes)
+        batch = fill_speech(batch, context, [speech] if speech.item_ids else [])
+        kinds = (Modality.VISION, Modality.AUDIO)
+        placed = [given(context.items, kind, rows) for kind, rows in zip(kinds, features, strict=True)]
+        rows_TD = place(self.network.embed_rows(batch.ids_T5), placed, {item.id: item for item in context.items})
+        rope_base = self.stage.rope_base if self.stage is not None else None
+        output = self.network(rows_TD, batch.cu_seqlens, batch.positions, rope_base=rope_base)
+        _, sums = objective(self.network, output.hidden_TD, batch, term_scales(LossWeights(), context.counts))
+        terms = ("text", "audio_text", "vision")
+        return float(sum(sums[TERMS.index(t)] for t in terms)), sum(context.counts.get(t, 0) for t in terms)
+
     def _loss(
         self, batch: OmniBatch, context: StepContext, placed: Sequence[EmbeddingBatch]
     ) -> tuple[Tensor, LanguageOutput]:
@@ -150,6 +177,16 @@ def fill_speech(batch: OmniBatch, context: StepContext, codes: Sequence[Embeddin
         loss_kind_T=batch.loss_kind_T,
         positions=batch.positions,
         features=batch.features,
+    )
+
+
+def given(items: Sequence[ItemRoute], modality: Modality, rows: Sequence[Any]) -> EmbeddingBatch:
+    """Rows per item of one modality, in item order, as a batch of the bridge."""
+    tensors = [torch.from_numpy(np.array(part)) for part in rows]
+    return EmbeddingBatch(
+        values_ID=torch.cat(tensors) if tensors else torch.zeros(0, 0),
+        item_ids=tuple(item.id for item in items if item.modality == modality),
+        lengths=tuple(len(part) for part in tensors),
     )
 
 

@@ -84,6 +84,11 @@ class PoolActor:
         out = [pack(piece) for gradient in gradients for piece in chunked([gradient], chunks)]
         return _returns(out or [None], max(1, len(out)))
 
+    def validate(self, payload: Any, vision: Any, audio: Any, codes: Any) -> tuple[float, int]:
+        """Cross-entropy of a validation batch; see the language worker."""
+        result: tuple[float, int] = self.worker.validate((unpack(payload[0]), payload[1]), (vision, audio), codes)
+        return result
+
     def finish(self, *others: Any) -> float:
         """Close the step's gradient; ``others`` are the packed terms of every rank."""
         import torch

@@ -55,6 +55,10 @@ class SpeechWorker:
         """24 kHz wave of codes [N, 4]."""
         return self.network.decode(torch.from_numpy(np.array(codes_N4))).numpy().astype(np.float32)
 
+    def features(self, media: Sequence[NDArray[np.float32]]) -> list[NDArray[np.int64]]:
+        """Codes [N, 4] of every clip."""
+        return [self.encode(wave) for wave in media]
+
     def forward(
         self, micro_batch: int, items: Sequence[ItemRoute], media: Mapping[int, NDArray]
     ) -> list[EmbeddingBatch]:

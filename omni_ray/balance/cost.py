@@ -20,7 +20,7 @@ def media_cost(modality: Modality, units: float, model: OmniConfig) -> float:
     Args:
         modality: Who encodes it.  units: Patches or frames.  model: Sizes.
 
-    Source: multiply-adds of the linear layers per unit over those per language row (models.md sections 1, 2 and 4);
+    Source: multiply-adds of the linear layers per unit over those per language row (networks.md sections 1, 2 and 4);
     attention inside an encoder, and the codec (frozen, its codes are kept), are left out.
     """
     language = model.language

@@ -1,4 +1,4 @@
-"""Stages of the curriculum: steps, mixture, what trains, loss weights, learning rates (models.md section 6)."""
+"""Stages of the curriculum: steps, mixture, what trains, loss weights, learning rates (networks.md section 6)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from omni_ray.types.errors import ConfigError
 
 Knots = tuple[tuple[NonNegativeInt, NonNegativeFloat], ...]
 COUNTED = ("text", "vision", "speech")
-"""What a row can count as (models.md section 6): any codec id or audio placeholder is speech, a picture or video
+"""What a row can count as (networks.md section 6): any codec id or audio placeholder is speech, a picture or video
 placeholder vision, the rest text."""
 _NESTED_WORDS = ("blend", "modalities", "counts")
 
@@ -176,7 +176,7 @@ class ModalityPart(Checked):
     """What serves one modality, and its share of the tokens."""
 
     share: StepValue
-    """Share of all rows that count as this modality (models.md section 6)."""
+    """Share of all rows that count as this modality (networks.md section 6)."""
     blend: tuple[Branch, ...]
 
     @model_validator(mode="after")
@@ -206,7 +206,7 @@ class Take(Checked):
 
 
 class GapConfig(Checked):
-    """Weights that follow the perplexity gap of every subset (models.md section 6)."""
+    """Weights that follow the perplexity gap of every subset (networks.md section 6)."""
 
     every_steps: PositiveInt = 100
     """Steps between two measurements."""

@@ -1,4 +1,4 @@
-"""The chat template: a sample to rows, labels and media spans, and a prompt to rows (models.md section 5)."""
+"""The chat template: a sample to rows, labels and media spans, and a prompt to rows (networks.md section 5)."""
 
 from __future__ import annotations
 

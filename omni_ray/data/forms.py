@@ -1,4 +1,4 @@
-"""Forms of a source: what the recipe makes of its samples before the chat template sees them (models.md section 5).
+"""Forms of a source: what the recipe makes of its samples before the chat template sees them (networks.md section 5).
 
 A sound with its words becomes dictation (``asr``), reading aloud (``tts``) or either by chance (``asr_tts``), or a task
 for the audio encoder (``understand``); a film with its sound becomes the chunked interleave (``chunked``). What is left

@@ -1,4 +1,4 @@
-"""Items that share a stretch of the sequence: sound between frames, speech between words (models.md section 5).
+"""Items that share a stretch of the sequence: sound between frames, speech between words (networks.md section 5).
 
 Pure arithmetic and pure choices; what is left to chance comes from the caller's generator.
 """

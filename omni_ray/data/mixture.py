@@ -3,7 +3,7 @@
 Every branch of a blend holds a credit. The one with the most draws; what it drew is taken from its credit and given to
 all branches by their shares (smooth weighted round robin, with lengths). Credits of a blend sum to 0 and stay within
 about the longest sample, so a ratio is off by at most that, after any number of rows; and they are all there is to
-save. Under ``modalities`` every row is charged to what it counts as (models.md section 6), whichever branch drew it.
+save. Under ``modalities`` every row is charged to what it counts as (networks.md section 6), whichever branch drew it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from omni_ray.types.errors import DataError
 
 ONE = 1 << 32
 """A whole share; credits are rows (or samples) times this."""
-REACH_ROWS, REACH_SAMPLES = 1024, 16
+REACH_ROWS, REACH_SAMPLES = 256, 12
 """A modality that is further behind than these rows and so many of the longest samples is out of reach."""
 _REMEMBERED = 1024
 _ALWAYS_ONE = StepValue(constant=1.0)

@@ -89,7 +89,7 @@ def sample_rows(encoded: EncodedSample, cost: float) -> SampleRows:
     """What order and packing know of a sample.
 
     A row with a codec id and an audio placeholder count as speech, picture and video placeholders as vision, the rest
-    as text (models.md section 6).
+    as text (networks.md section 6).
     """
     rows = {modality: 0 for modality in Modality}
     for span in encoded.spans:

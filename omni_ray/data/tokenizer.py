@@ -1,4 +1,4 @@
-"""Text to ids: a byte-level BPE with the reserved ids of models.md section 5, or any Hugging Face tokenizer.json."""
+"""Text to ids: a byte-level BPE with the reserved ids of networks.md section 5, or any Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RESERVED: tuple[str, ...] = (
     "<reserved_14>",
     "<reserved_15>",
 )
-"""Names of ids 0..15 (source: models.md section 5)."""
+"""Names of ids 0..15 (source: networks.md section 5)."""
 
 _FIRST_MASK = 110
 # The published tokenizer keeps the ten tokens in slots <mask_110>..<mask_119>, in this order.

@@ -1,7 +1,7 @@
 """A stretch of a long film: dense pairs while somebody speaks, single frames now and then while somebody answers.
 
 Two frames a second make a pair a second; sparse frames come every ``every_s`` and stand twice, a pair each
-(models.md section 5, sparse-dense).
+(networks.md section 5, sparse-dense).
 """
 
 from __future__ import annotations

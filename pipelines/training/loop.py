@@ -26,10 +26,12 @@ from omni_ray.observability.events import emit
 from omni_ray.observability.metrics import MetricsWriter
 from omni_ray.observability.progress import Progress
 from omni_ray.training.data_position import position_record
+from omni_ray.training.gap_measure import is_measured
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.batch import StepPlan
 from pipelines.training.checkpoint import ResumePoint, lock_run, resume_point, save_checkpoint
 from pipelines.training.data_root import data_root
+from pipelines.training.gap_watch import GapWatch
 from pipelines.training.step import StepDriver, StepHandles, StepResult
 
 IN_FLIGHT = 2
@@ -95,9 +97,11 @@ class _Run:
         self.pools: dict[str, Pool] = {}
         feeder: Any = ray.remote(Feeder)
         self.feeder: Any = feeder.options(num_cpus=0.1).remote(recipe, root, first, point.order)
-        self.next_plan: Any = self.feeder.plan.remote(first)  # data starts while the pools import torch
+        if not is_measured(recipe, first):
+            self.next_plan: Any = self.feeder.plan.remote(first)  # data starts while the pools import torch
         self.pools = start_pools(recipe, POOL_NAMES, checkpoint)
         self.driver = StepDriver(recipe, self.pools, self.feeder)
+        self.gap = GapWatch(recipe, self.pools, self.feeder, point.order.factors if point.order else {})
         self.metrics = MetricsWriter(out, first_step=first)
         self.plans = (out / "plans.jsonl").open("a", encoding="utf-8")
         self.progress = Progress("train", recipe.total_steps, done=first) if not quiet else None
@@ -114,6 +118,10 @@ class _Run:
                 self._drain(flying)
                 self.driver.enter_stage(index)
                 entered = index
+            if self.gap.due(step):
+                self._drain(flying)
+                self.gap.update(step)
+                self.next_plan = self.feeder.plan.remote(step)
             flying.append(self.driver.submit(self._plan(step)))
             while len(flying) >= IN_FLIGHT:
                 self._report(self.driver.collect(flying.popleft()))
@@ -138,7 +146,7 @@ class _Run:
 
     def _plan(self, step: int) -> Any:
         plan, bad = ray.get(self.next_plan)
-        if step + 1 < self.recipe.total_steps:
+        if step + 1 < self.recipe.total_steps and not self.gap.due(step + 1):
             self.next_plan = self.feeder.plan.remote(step + 1)
         self.plans.write(plan.to_json() + "\n")
         self.bad.add((name for batch in plan.micro_batches for name in batch.samples), bad)

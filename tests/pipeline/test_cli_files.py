@@ -51,6 +51,7 @@ def test_data_inspect_counts_rows_by_modality(base: Path, capsys: pytest.Capture
     document = run_json(capsys, "data", "inspect", str(base / "world"), "--limit", "5")
     assert {name: facts["samples"] for name, facts in document["sources"].items()} == {
         "audio": 40,
+        "film": 4,
         "picture": 40,
         "speech": 20,
         "text": 60,
@@ -98,7 +99,7 @@ def test_data_preview_shows_media_inside_one_page(
 ) -> None:
     page = tmp_path / "page.html"
     words = ("data", "preview", str(base / "world"), "--out", str(page), "--count", "2")
-    assert run_json(capsys, *words)["samples"] == 8
+    assert run_json(capsys, *words)["samples"] == 10
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 2
     assert text.count("<audio controls") == 4

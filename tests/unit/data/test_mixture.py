@@ -82,7 +82,7 @@ def test_weights_follow_the_step_and_zero_draws_nothing() -> None:
 
 @pytest.mark.parametrize("shares", [(2, 1, 1), (1, 1, 1), (3, 1, 2)], ids=str)
 def test_modalities_count_every_row_as_what_it_is(shares: tuple[int, int, int]) -> None:
-    """2:1:1 of tokens, the text beside pictures and speech included (models.md section 6)."""
+    """2:1:1 of tokens, the text beside pictures and speech included (networks.md section 6)."""
     parts = {
         "text": [{"source": "text"}],
         "vision": [{"source": "picture", "weight": 1}, {"source": "video", "weight": 1}],
