@@ -99,6 +99,12 @@ class SpeechOptions(_Loose):
     format: Literal["wav", "pcm16"] = "wav"
 
 
+class StreamOptions(_Loose):
+    """What a stream holds besides the answer."""
+
+    include_usage: bool | None = None
+
+
 class ChatRequest(_Loose):
     """Body of ``POST /v1/chat/completions``."""
 
@@ -113,8 +119,10 @@ class ChatRequest(_Loose):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: list[str] = Field(default_factory=list, max_length=MAX_STOPS)
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -128,6 +136,11 @@ class ChatRequest(_Loose):
     def speaks(self) -> bool:
         """Whether a spoken answer is asked for."""
         return "audio" in (self.modalities or ())
+
+    @property
+    def alternatives(self) -> int:
+        """Alternatives beside each token's log-probability; -1: none asked for."""
+        return (self.top_logprobs or 0) if self.logprobs else -1
 
     @property
     def most_tokens(self) -> int | None:
@@ -182,16 +195,15 @@ def _refuse_unbuilt(body: Mapping[str, Any], request: ChatRequest) -> None:
     """Refuse what would silently give another answer than the one asked for."""
     refusals = (
         (
-            bool(request.stream),
-            "stream",
-            "stream is true, which this version does not do yet; leave it out or send false",
-        ),
-        (
             (request.n or 1) > 1,
             "n",
             f"n is {request.n}; this server gives one choice, send the request again for another",
         ),
-        (bool(request.logprobs), "logprobs", "logprobs are not given by this server; leave the field out"),
+        (
+            bool(request.stream) and request.speaks and (request.audio is None or request.audio.format != "pcm16"),
+            "audio.format",
+            "a streamed spoken answer comes as pcm16; send audio.format pcm16",
+        ),
         (bool(body.get("tools")), "tools", "tools are not supported by this model; leave the field out"),
         (bool(body.get("functions")), "functions", "functions are not supported by this model; leave the field out"),
         (_structured(body), "response_format", "response_format may only be text; leave the field out"),

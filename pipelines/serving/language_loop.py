@@ -1,0 +1,172 @@
+"""The thread that owns the language engine: calls of many sessions go in, rows come out as they are made."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from omni_ray.observability.events import emit
+from pipelines.serving.session_engine import SessionEngine
+from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
+
+ROW_S = 0.060
+"""Sound of one row: the pace of an answer that is far enough ahead of its listener."""
+IDLE_WAIT_S = 0.25
+
+
+@dataclass(eq=False, slots=True)
+class _Answer:
+    """Where an answer's rows go."""
+
+    session: str
+    options: AnswerOptions
+    put: Callable[[AnswerRows | BaseException | None], None]
+    began: float = field(default_factory=time.monotonic)
+    made: int = 0
+
+    def due(self, now: float) -> float:
+        """When the next row may be made."""
+        ahead = self.made - self.options.burst_rows
+        return 0.0 if ahead < 0 else self.began + ahead * ROW_S
+
+
+class LanguageLoop:
+    """Calls from the event loop to one thread; while answers run, calls are taken in between steps."""
+
+    def __init__(self, engine: SessionEngine) -> None:
+        self.engine = engine
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._answers: dict[str, _Answer] = {}
+        self.steps = 0
+        self.stepped_rows = 0
+        self._thread = threading.Thread(target=self._run, name="language", daemon=True)
+        self._thread.start()
+
+    async def extend(self, session: str, at: int, rows: Rows) -> None:
+        """See ``Stages.extend``."""
+
+        def call() -> None:
+            self._end(session)
+            self.engine.extend(session, at, rows)
+
+        await self._call(call)
+
+    async def answer(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
+        """See ``Stages.answer``; rows that were made while nobody looked come together."""
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        answer = _Answer(session, options, lambda part: loop.call_soon_threadsafe(arrived.put_nowait, part))
+
+        def call() -> None:
+            self._end(session)
+            self.engine.start(session, at, rows, options)
+            self._answers[session] = answer
+
+        await self._call(call)
+        try:
+            while True:
+                parts = [await arrived.get()]
+                while not arrived.empty():
+                    parts.append(arrived.get_nowait())
+                failure = next((p for p in parts if isinstance(p, BaseException)), None)
+                if failure is not None:
+                    raise failure
+                made = [p for p in parts if isinstance(p, AnswerRows)]
+                if made:
+                    yield AnswerRows(
+                        ids_R5=np.concatenate([p.ids_R5 for p in made]),
+                        ended=made[-1].ended,
+                        logprobs=tuple(one for p in made for one in p.logprobs),
+                    )
+                if parts[-1] is None:
+                    return
+        finally:
+            self._calls.put((lambda: self._stop(answer), Future()))
+
+    async def forget(self, session: str) -> None:
+        """Free a session."""
+
+        def call() -> None:
+            self._end(session)
+            self.engine.forget(session)
+
+        await self._call(call)
+
+    async def stop(self) -> None:
+        """End the thread."""
+        self._calls.put(None)
+        await asyncio.to_thread(self._thread.join, 5)
+
+    async def _call(self, call: Callable[[], Any]) -> Any:
+        future: Future[Any] = Future()
+        self._calls.put((call, future))
+        return await asyncio.wrap_future(future)
+
+    def _end(self, session: str) -> None:
+        answer = self._answers.pop(session, None)
+        if answer is not None:
+            self.engine.stop(session)
+            answer.put(None)
+
+    def _stop(self, answer: _Answer) -> None:
+        if self._answers.get(answer.session) is answer:
+            self._end(answer.session)
+
+    def _run(self) -> None:
+        while True:
+            wait = self._wait()
+            try:
+                item = self._calls.get(timeout=wait) if wait > 0 else self._calls.get_nowait()
+            except queue.Empty:
+                self._step()
+                continue
+            if item is None:
+                return
+            call, future = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def _wait(self) -> float:
+        if not self._answers:
+            return IDLE_WAIT_S
+        return min(answer.due(0.0) for answer in self._answers.values()) - time.monotonic()
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        due = [answer for answer in self._answers.values() if answer.due(now) <= now]
+        if not due:
+            return
+        try:
+            made = self.engine.step([answer.session for answer in due])
+        except Exception as error:  # one step failed for all: each is told, the loop goes on
+            emit("language_step_failed", error=type(error).__name__)
+            for answer in due:
+                self._answers.pop(answer.session, None)
+                self.engine.forget(answer.session)
+                answer.put(error)
+            return
+        self.steps += 1
+        self.stepped_rows += len(due)
+        for answer in due:
+            step = made[answer.session]
+            answer.made += 1
+            logprobs = () if step.logprob is None else (step.logprob,)
+            answer.put(AnswerRows(ids_R5=_array(step.row_5), ended=step.ended, logprobs=logprobs))
+            if step.ended or step.full:
+                self._answers.pop(answer.session, None)
+                answer.put(None)
+
+
+def _array(row_5: Tensor) -> Any:
+    return row_5.cpu().numpy()[None]

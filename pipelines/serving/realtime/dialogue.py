@@ -1,0 +1,162 @@
+"""A conversation and the stages that hold its rows: one operation at a time, repeated where a replica was lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_ray.observability.events import emit
+from omni_ray.types.modality import Modality
+from pipelines.serving.errors import ApiError
+from pipelines.serving.realtime.context import Block, CacheView, Template
+from pipelines.serving.realtime.hearing import PACKET, LiveTurn, SoundLog
+from pipelines.serving.realtime.items import Conversation, Item
+from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows, SessionLostError, Stages
+
+TRIES = 3
+"""Times that a lost cache is built again for one operation."""
+
+
+class Dialogue:
+    """Items, their rows, and what the stages hold of them."""
+
+    def __init__(self, session: str, stages: Stages, template: Template, positions: int) -> None:
+        self.session, self.stages, self.template, self.positions = session, stages, template, positions
+        self.conversation = Conversation()
+        self.system: Block | None = None
+        self.view = CacheView()
+        self.recovered = 0
+        """Times that a stage had lost the session."""
+        self._turnstile = asyncio.Lock()
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def do(self, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        """Run after everything that was given before; a failure is logged without anyone's words."""
+
+        async def wait_and_run() -> None:
+            async with self._turnstile:
+                await work()
+
+        return self.beside(wait_and_run())
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run at once; ended with the session."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def instruct(self, words: str) -> None:
+        """Set the system message."""
+        self.system = self.message("system", words) if words else None
+
+    def message(self, role: str, words: str) -> Block:
+        """A whole message of text."""
+        parts = [self.template.opening(role), self.template.text(words), self.template.closing(role)]
+        return Block(Rows.joined([part.rows for part in parts]))
+
+    def history(self, reserve: int, tail: Sequence[Block], items: Sequence[Item] | None = None) -> list[Block]:
+        """Blocks of the conversation with ``tail`` after them; the oldest items are left out where it would not fit."""
+        first = [self.system] if self.system is not None else []
+        groups = [item.blocks for item in (self.conversation.items if items is None else items) if item.blocks]
+        room = self.positions - reserve - sum(map(len, first)) - sum(map(len, tail))
+        sizes = [sum(map(len, blocks)) for blocks in groups]
+        start, total = 0, sum(sizes)
+        while start < len(groups) and total > room:
+            total -= sizes[start]
+            start += 1
+        return [*first, *[block for blocks in groups[start:] for block in blocks], *tail]
+
+    async def sync(self, wanted: Sequence[Block]) -> None:
+        """Make the cache hold exactly these blocks.
+
+        Raises:
+            ApiError: the language stage failed :data:`TRIES` times.
+        """
+        for _ in range(TRIES):
+            at, rows = self.view.difference(wanted)
+            if not len(rows):
+                return
+            try:
+                await self.stages.extend(self.session, at, rows)
+            except SessionLostError:
+                self._lost()
+                continue
+            self.view.now_holds(wanted)
+            return
+        raise _gone("language")
+
+    async def generate(self, wanted: Sequence[Block], options: AnswerOptions) -> AsyncIterator[AnswerRows]:
+        """Rows after these blocks; the last block is always new to the cache.
+
+        Raises:
+            ApiError: the language stage failed, before the first row :data:`TRIES` times.
+        """
+        for _ in range(TRIES):
+            at, rows = self.view.difference(wanted)
+            begun = False
+            try:
+                async with aclosing(self.stages.answer(self.session, at, rows, options)) as parts:  # type: ignore[type-var]
+                    async for part in parts:
+                        if not begun:
+                            begun = True
+                            self.view.now_holds(wanted)
+                        yield part
+                return
+            except SessionLostError:
+                if begun:
+                    raise _gone("language") from None
+                self._lost()
+        raise _gone("language")
+
+    async def hear(self, turn: LiveTurn, packet: int, wave_S: NDArray[np.float32], final: bool, log: SoundLog) -> Any:
+        """Rows of a packet; packets before it are given again where the audio stage lost them.
+
+        Raises:
+            ApiError: the audio stage failed :data:`TRIES` times.
+        """
+        for _ in range(TRIES):
+            try:
+                return await self.stages.hear(self.session, turn.number, packet, wave_S, final)
+            except SessionLostError:
+                self._lost(language=False)
+            try:
+                for number in range(packet):
+                    start = turn.start + number * PACKET
+                    again_S = log.cut(start, start + PACKET)
+                    await self.stages.hear(self.session, turn.number, number, again_S, False)
+            except SessionLostError:
+                continue
+        raise _gone("audio")
+
+    async def see(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Rows of a picture or pair."""
+        return (await self.stages.encode(Modality.VISION, [frames]))[0]
+
+    async def close(self) -> None:
+        """End everything and free the stages."""
+        for task in list(self._running):
+            task.cancel()
+        if self._running:
+            await asyncio.wait(list(self._running), timeout=5)
+        await self.stages.forget(self.session)
+
+    def _lost(self, language: bool = True) -> None:
+        self.recovered += 1
+        if language:
+            self.view.lost()
+        emit("session_rebuilt", stage="language" if language else "audio")
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            emit("session_task_failed", error=type(task.exception()).__name__)
+
+
+def _gone(stage: str) -> ApiError:
+    return ApiError(503, f"the {stage} stage failed; try again", code="stage_failed")

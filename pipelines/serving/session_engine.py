@@ -1,0 +1,247 @@
+"""Sessions over the language model: rows appended, cut back and generated, many sessions in one step."""
+
+# T new rows, B sessions in a step, h heads, C latent rank, R rotary dim, X = C + R
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni_ray.inference.cache import LatentCache
+from omni_ray.inference.requests import GenerationRequest
+from omni_ray.inference.rows import RowSampler, Vocabulary
+from omni_ray.models.attention import LatentAttention
+from omni_ray.models.grouped_experts import tiled_experts
+from omni_ray.models.layers import ROW_TILE, row_padded
+from omni_ray.models.llm import LanguageModel
+from omni_ray.models.rope import Turn, rope_tables
+from pipelines.serving.errors import bad_request
+from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError
+
+KEY_TILE = 64
+PREFILL_ROWS = 512
+"""Rows of one prefill forward; between two of them waiting answers take a step."""
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """An answer in progress."""
+
+    sampler: RowSampler
+    options: AnswerOptions
+    hidden_1H: Tensor
+    made: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What one step made for one session."""
+
+    row_5: Tensor
+    """Generated ids."""
+    ended: bool
+    """The answer ended with this row."""
+    full: bool
+    """The answer has reached its limit."""
+    logprob: tuple[float, tuple[tuple[int, float], ...]] | None = None
+    """Of the text id, and the likeliest alternatives with theirs."""
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """One session's cache."""
+
+    cache: LatentCache
+    last_1H: Tensor | None = None
+    """Final-normed hidden state of the last row."""
+    running: Running | None = None
+    waiting: list[Tensor] = field(default_factory=list)
+
+
+class SessionEngine:
+    """Continuous batching over sessions of their own lengths; not thread-safe, one loop calls it."""
+
+    def __init__(self, model: LanguageModel, vocabulary: Vocabulary) -> None:
+        self.model, self.vocabulary, self.config = model, vocabulary, model.config
+        self._held: dict[str, Held] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def rows(self) -> int:
+        """Rows in all caches."""
+        return sum(held.cache.lengths[0] for held in self._held.values())
+
+    @property
+    def running(self) -> list[str]:
+        """Sessions that have an answer in progress."""
+        return [name for name, held in self._held.items() if held.running is not None]
+
+    def length(self, session: str) -> int:
+        """Rows of a session, 0 for an unknown one."""
+        return self._held[session].cache.lengths[0] if session in self._held else 0
+
+    @torch.no_grad()
+    def extend(self, session: str, at: int, rows: Rows) -> None:
+        """Cut a session back to ``at`` rows and append.
+
+        Raises:
+            SessionLostError: the session has fewer rows here.  ApiError: more rows than the model has positions.
+        """
+        have = self.length(session)
+        if at > have:
+            raise SessionLostError(f"session has {have} rows here, not {at}")
+        if at + len(rows) > self.config.max_position_embeddings:
+            raise bad_request(
+                f"the conversation takes {at + len(rows)} rows, yet the model has "
+                f"{self.config.max_position_embeddings} positions; send less",
+                code="context_length_exceeded",
+            )
+        held = self._held.get(session)
+        if held is None:
+            weight = self.model.model.embed_tokens.weight
+            held = Held(LatentCache(self.config, 1, dtype=weight.dtype, device=str(weight.device)))
+            self._held[session] = held
+        held.running = None
+        held.cache.crop(0, at)
+        ids_T5 = torch.from_numpy(np.array(rows.ids_T5))
+        x_TH = self.model.embed_rows(ids_T5)
+        for offset, values_ND in rows.features:
+            x_TH[offset : offset + len(values_ND)] = torch.from_numpy(np.array(values_ND)).to(x_TH)
+        for start in range(0, len(x_TH), PREFILL_ROWS):
+            self._prefill(held, x_TH[start : start + PREFILL_ROWS])
+
+    def start(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> None:
+        """:meth:`extend`, then begin to answer; :meth:`step` makes the rows."""
+        self.extend(session, at, rows)
+        held = self._held[session]
+        room = self.config.max_position_embeddings - held.cache.lengths[0]
+        if held.last_1H is None or room < 1:
+            raise bad_request("the conversation leaves no room for an answer", code="context_length_exceeded")
+        if options.voice and not self.vocabulary.code_sizes:
+            raise bad_request("this model has no codec heads; ask for text", param="modalities")
+        request = GenerationRequest(
+            ids_T5=torch.zeros(1, 5, dtype=torch.int64),
+            voice=options.voice,
+            max_tokens=min(options.max_tokens, room),
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        held.running = Running(RowSampler(self.model, self.vocabulary, [request]), options, held.last_1H)
+
+    @torch.no_grad()
+    def step(self, sessions: list[str]) -> dict[str, Stepped]:
+        """One row for each of these running sessions."""
+        out, going, rows = {}, [], []
+        for name in sessions:
+            held = self._held[name]
+            assert held.running is not None
+            run = held.running
+            ids_15, ended_1 = run.sampler.next_rows(run.hidden_1H)
+            run.made += 1
+            ended, full = bool(ended_1[0]), run.made >= int(run.sampler.limit_B[0])
+            logprob = self._logprob(run, int(ids_15[0, 0])) if run.options.logprobs >= 0 else None
+            out[name] = Stepped(ids_15[0], ended, full, logprob)
+            if ended or full:
+                held.running = None
+            else:
+                going.append(held)
+                rows.append(ids_15)
+        if going:
+            hidden_BH = self._decode(going, torch.cat(rows))
+            for held, hidden_1H in zip(going, hidden_BH.split(1), strict=True):
+                assert held.running is not None
+                held.running.hidden_1H = hidden_1H
+        return out
+
+    def stop(self, session: str) -> None:
+        """End an answer in progress; its rows stay."""
+        if session in self._held:
+            self._held[session].running = None
+
+    def forget(self, session: str) -> None:
+        """Free a session."""
+        self._held.pop(session, None)
+
+    def _logprob(self, run: Running, chosen: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """Log-probabilities under the model's own distribution over its whole vocabulary, temperature 1."""
+        logits_V = row_padded(self.model.text_logits, run.hidden_1H)[0].float()
+        logprobs_V = logits_V.log_softmax(dim=-1)
+        best = logprobs_V.topk(run.options.logprobs) if run.options.logprobs else None
+        pairs = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return float(logprobs_V[chosen]), pairs
+
+    def _prefill(self, held: Held, x_TH: Tensor) -> None:
+        cache, count = held.cache, len(x_TH)
+        begin = cache.lengths[0]
+        tiled = count + -count % ROW_TILE
+        x_TH = torch.cat([x_TH, x_TH.new_zeros(tiled - count, x_TH.shape[1])])
+        position_T = torch.arange(begin, begin + tiled, device=x_TH.device)
+        cache.reserve(begin + tiled)
+        turn, head_turn = self._turns(position_T)
+        sequence_T = torch.zeros(tiled, dtype=torch.int64, device=x_TH.device)
+        length = begin + tiled + -(begin + tiled) % KEY_TILE
+        cache.reserve(length)
+        unseen_TL = torch.arange(length, device=x_TH.device) > position_T[:, None]
+
+        def attend(slot: int, attention: LatentAttention, x: Tensor) -> Tensor:
+            query_ThX, kept_TX = self._project(attention, x, turn, head_turn)
+            cache.write(slot, sequence_T, position_T, kept_TX)
+            keys_LX = cache.keys(slot, 0, 1, length)[0]
+            scores_hTL = torch.matmul(query_ThX.transpose(0, 1), keys_LX.t())
+            probs = scores_hTL.masked_fill_(unseen_TL, float("-inf")).softmax(dim=-1)
+            return attention.absorb_value(torch.matmul(probs, keys_LX[:, : cache.rank]).transpose(0, 1))
+
+        hidden_TH, _ = self.model.run_layers(x_TH, attend, tiled_experts)
+        cache.append([count])
+        held.last_1H = self.model.model.norm(hidden_TH)[count - 1 : count]
+
+    def _decode(self, going: list[Held], ids_B5: Tensor) -> Tensor:
+        batch = len(going)
+        x_BH = self.model.embed_rows(ids_B5)
+        tiled = batch + -batch % ROW_TILE
+        x_BH = torch.cat([x_BH, x_BH.new_zeros(tiled - batch, x_BH.shape[1])])
+        lengths = [held.cache.lengths[0] for held in going]
+        for held, length in zip(going, lengths, strict=True):
+            held.cache.reserve((length // KEY_TILE + 1) * KEY_TILE)
+        turn, head_turn = self._turns(torch.tensor([*lengths, *[0] * (tiled - batch)], device=x_BH.device))
+        zero_1 = torch.zeros(1, dtype=torch.int64, device=x_BH.device)
+        places = [torch.tensor([length], device=x_BH.device) for length in lengths]
+        heads, rank = self.config.num_attention_heads, self.config.kv_lora_rank
+        spans = [(length // KEY_TILE + 1) * KEY_TILE for length in lengths]
+        masks = [torch.arange(s, device=x_BH.device) > n for s, n in zip(spans, lengths, strict=True)]
+
+        def attend(slot: int, attention: LatentAttention, x: Tensor) -> Tensor:
+            query_BhX, kept_BX = self._project(attention, x, turn, head_turn)
+            mixed_BhC = query_BhX.new_zeros(tiled, heads, rank)
+            for i, held in enumerate(going):
+                held.cache.write(slot, zero_1, places[i], kept_BX[i : i + 1])
+                keys_LX = held.cache.keys(slot, 0, 1, spans[i])[0]
+                scores_hL = torch.mm(query_BhX[i], keys_LX.t()).masked_fill_(masks[i], float("-inf"))
+                mixed_BhC[i] = torch.mm(scores_hL.softmax(dim=-1), keys_LX[:, :rank])
+            return attention.absorb_value(mixed_BhC)
+
+        hidden_BH, _ = self.model.run_layers(x_BH, attend, tiled_experts)
+        for held in going:
+            held.cache.append([1])
+        normed_BH: Tensor = self.model.model.norm(hidden_BH)
+        return normed_BH[:batch]
+
+    def _turns(self, position_T: Tensor) -> tuple[Turn, Turn]:
+        heads = self.config.num_attention_heads
+        turn = Turn(*rope_tables(position_T, self.config.qk_rope_head_dim, self.model.rope_base))
+        rows = torch.arange(len(position_T), device=position_T.device)
+        return turn, turn.select(rows.repeat_interleave(heads))
+
+    def _project(self, attention: LatentAttention, x: Tensor, turn: Turn, head_turn: Turn) -> tuple[Tensor, Tensor]:
+        """Queries in latent space [T, h, X], and rows to keep [T, X]."""
+        q_Thd, latent_TC, k_rope_TR = attention.project(x)
+        head_turn.apply_(q_Thd.flatten(0, 1)[:, attention.nope :])
+        k_rope_TR = k_rope_TR.contiguous()
+        turn.apply_(k_rope_TR)
+        absorbed_ThC = attention.absorb_query(q_Thd[..., : attention.nope])
+        return torch.cat([absorbed_ThC, q_Thd[..., attention.nope :]], dim=2), torch.cat([latent_TC, k_rope_TR], dim=1)
