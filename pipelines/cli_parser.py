@@ -150,6 +150,8 @@ def _add_use(commands: _Commands) -> None:
     )
     serve.add_argument("--port", type=_port, default=8000, help="port to bind; 0 takes a free one")
     serve.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
+    serve.add_argument("--tls-cert", type=Path, help="certificate chain (PEM); browsers need it for their microphone")
+    serve.add_argument("--tls-key", type=Path, help="its private key (PEM)")
 
 
 def _add_chat(commands: _Commands) -> None:

@@ -66,5 +66,6 @@ def serve(args: Namespace) -> Outcome:
     key_file = existing_file(args.api_key_file, "--api-key-file")
     from pipelines.serving.app import serve as run_server
 
-    run_server(checkpoint, host=args.host, port=args.port, api_key_file=key_file)
+    cert, key = existing_file(args.tls_cert, "--tls-cert"), existing_file(args.tls_key, "--tls-key")
+    run_server(checkpoint, host=args.host, port=args.port, api_key_file=key_file, tls_cert=cert, tls_key=key)
     return Outcome(text="")

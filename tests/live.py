@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from omni_ray.config.serving import ServingConfig
 from omni_ray.inference.omni_model import load_model
@@ -155,3 +158,52 @@ def _no_extra(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             _no_extra(inner, f"{where}[{number}]")
+
+
+Talk = Callable[[Client], Awaitable[None]]
+
+
+def held(stages: Any) -> tuple[int, int, int]:
+    """Sessions that each stage holds."""
+    return len(stages.ears), len(stages.mouth), len(stages.language.engine)
+
+
+def run(parts: Any, talk: Talk, **options: Any) -> Client:
+    """One conversation; every event is checked, and afterwards the stages hold nothing of it."""
+    model, stages = parts
+
+    async def main() -> Client:
+        client = await open_client(stages, model, **options)
+        try:
+            await talk(client)
+        finally:
+            await client.close()
+        return client
+
+    client = asyncio.run(main())
+    if not options.get("beta"):
+        for event in client.events:
+            check_ga(event)
+    end = time.monotonic() + 5
+    while held(stages) != (0, 0, 0) and time.monotonic() < end:
+        time.sleep(0.005)
+    assert held(stages) == (0, 0, 0)
+    return client
+
+
+def png(side: int = 40, red: int = 200) -> str:
+    out = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), (red, 30, 30), np.uint8)).save(out, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+async def settled(client: Client) -> None:
+    """Wait until nothing runs for this session."""
+    while client.session.dialogue._running:
+        await asyncio.sleep(0.002)
+
+
+def generated(client: Client) -> list[list[int]]:
+    """Rows of every spoken item in the history."""
+    items = client.session.dialogue.conversation.items
+    return [item.spoken.ids_R5.tolist() for item in items if item.spoken is not None]

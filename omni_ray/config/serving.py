@@ -75,6 +75,16 @@ class Limits(Checked):
     max_tokens: PositiveInt = 1024
     max_concurrent: PositiveInt = 32
     """Requests in flight; the next one is answered 429 at once."""
+    max_per_key: PositiveInt = 32
+    """Requests and live sessions in flight of one API key."""
+    max_sessions: PositiveInt = 16
+    """Live conversations of one gateway; the next one is refused at once."""
+    max_session_s: PositiveFloat = 7200.0
+    """Longest live conversation."""
+    idle_s: PositiveFloat = 300.0
+    """A live conversation whose client sends nothing for so long is closed."""
+    slow_reader_s: PositiveFloat = 10.0
+    """A client that takes nothing for so long while events wait for it is let go."""
 
 
 class ServingConfig(Checked):

@@ -7,7 +7,7 @@ import io
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ class Answer:
     """Generated rows that carry codec ids."""
     spoken: Spoken | None = None
     """Sound, where it was asked for."""
+    logprobs: dict[str, Any] | None = None
+    """Log-probabilities in their wire form, where they were asked for."""
 
 
 def completion(answer: Answer, model: str, audio_form: str, audio_id: str) -> dict[str, Any]:
@@ -62,37 +64,37 @@ def completion(answer: Answer, model: str, audio_form: str, audio_id: str) -> di
             "transcript": answer.text,
             "expires_at": int(time.time()) + AUDIO_LIFE_S,
         }
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+    choice = {"index": 0, "message": message, "logprobs": answer.logprobs, "finish_reason": answer.finish_reason}
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
         "choices": [choice],
-        "usage": usage(answer),
+        "usage": usage_of(answer.prompt_rows, answer.text_rows, answer.audio_rows),
         "service_tier": "default",
         "system_fingerprint": None,
     }
 
 
-def usage(answer: Answer) -> dict[str, Any]:
+def usage_of(prompt_rows: Mapping[str, int], text_rows: int, audio_rows: int) -> dict[str, Any]:
     """Rows in and out: one row of the language sequence counts as one token."""
-    prompt = sum(answer.prompt_rows.values())
-    generated = answer.text_rows + answer.audio_rows
+    prompt = sum(prompt_rows.values())
+    generated = text_rows + audio_rows
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {
             "cached_tokens": 0,
-            "text_tokens": answer.prompt_rows.get("text", 0),
-            "image_tokens": answer.prompt_rows.get("image", 0),
-            "audio_tokens": answer.prompt_rows.get("audio", 0),
+            "text_tokens": prompt_rows.get("text", 0),
+            "image_tokens": prompt_rows.get("image", 0),
+            "audio_tokens": prompt_rows.get("audio", 0),
         },
         "completion_tokens_details": {
             "reasoning_tokens": 0,
-            "text_tokens": answer.text_rows,
-            "audio_tokens": answer.audio_rows,
+            "text_tokens": text_rows,
+            "audio_tokens": audio_rows,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
         },
@@ -111,12 +113,6 @@ def sound_bytes(spoken: Spoken, form: str) -> bytes:
     return out.getvalue()
 
 
-def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first stop word, and whether one was found."""
-    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-    return (text[: min(places)].rstrip(), True) if places else (text, False)
-
-
 class Transcripts:
     """What earlier spoken answers said, by id, so that a client may name one instead of repeating its words.
 
@@ -133,6 +129,11 @@ class Transcripts:
         while len(self._kept) > MAX_REMEMBERED:
             self._kept.popitem(last=False)
         return name
+
+    def put(self, name: str, transcript: str) -> None:
+        """Say what an answer said whose id was given out before its end."""
+        if name in self._kept:
+            self._kept[name] = (self._kept[name][0], transcript)
 
     def find(self, name: str) -> str | None:
         """The transcript, unless unknown or expired."""

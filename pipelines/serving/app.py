@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import threading
 import time
 import urllib.error
@@ -26,7 +27,7 @@ from omni_ray.config.serving import ServingConfig
 from omni_ray.observability.events import emit
 from omni_ray.types.errors import ConfigError, ResourceError
 from pipelines.serving.gateway import GatewayReplica, gateway_options
-from pipelines.serving.guard import check_address, check_port
+from pipelines.serving.guard import check_address, check_port, check_tls
 from pipelines.serving.replicas import (
     AudioReplica,
     LanguageReplica,
@@ -34,6 +35,7 @@ from pipelines.serving.replicas import (
     VisionReplica,
     options,
     read_recipe,
+    sticky,
 )
 
 APP_NAME = "omni-ray"
@@ -64,10 +66,12 @@ def app(args: AppArgs | dict[str, str]) -> Application:
     check_address("127.0.0.1", Path(key_file) if key_file else None)
     recipe = read_recipe(folder)
     pools = recipe.serving.pools
-    stages = {
-        name: _deployment(replica, name, options(getattr(pools, name))).bind(str(folder))
-        for name, replica in STAGES.items()
-    }
+    stages = {}
+    for name, replica in STAGES.items():
+        chosen = options(getattr(pools, name))
+        # Pictures belong to nobody's session; the other stages hold sessions.
+        chosen = chosen if name == "vision" else sticky(chosen)
+        stages[name] = _deployment(replica, name, chosen).bind(str(folder))
     gateway = _deployment(GatewayReplica, "gateway", gateway_options(recipe.serving))
     return gateway.bind(str(folder), key_file, **stages)
 
@@ -124,13 +128,16 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key_file: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
     block: bool = True,
 ) -> Served:
-    """Serve a checkpoint over HTTP.
+    """Serve a checkpoint over HTTP and WebSockets.
 
     Args:
         checkpoint: A checkpoint folder.  host, port: Where to listen; port 0 takes a free one.
         api_key_file: One key a line; needed for any host that others reach.
+        tls_cert, tls_key: PEM files; a browser gives its microphone to a secure page (or this machine's own) only.
         block: Stay until SIGINT or SIGTERM, then end everything; False returns the running server at once.
     Returns:
         The server: running if ``block`` is False, else already closed.
@@ -140,17 +147,18 @@ def serve(
         ResourceError: the port is taken, or the deployments do not fit or do not come up.
     """
     check_address(host, api_key_file)
+    tls = check_tls(host, tls_cert, tls_key)
     recipe = read_recipe(checkpoint)
     port = check_port(host, port)
     emit("serve_start", checkpoint=str(checkpoint), host=host, port=port)  # replicas load for some seconds
     session = RaySession(num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1))
-    served = Served(f"http://{_in_url(host)}:{port}", session)
+    served = Served(f"http{'s' if tls else ''}://{_in_url(host)}:{port}", session)
     try:
         check_fits(recipe.serving)
         began = time.monotonic()
         key_file = str(api_key_file) if api_key_file is not None else None
         with _quiet():
-            ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **tls})
             bound = app(AppArgs(checkpoint=str(checkpoint), api_key_file=key_file))
             ray_serve.run(bound, name=APP_NAME, route_prefix="/")
         _wait_until_answers(served.url)
@@ -193,7 +201,9 @@ def _wait_until_answers(url: str, timeout_s: float = 30.0) -> None:
         ResourceError: nothing answers; the cluster's Serve was started before, at another address.
     """
     local = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # The server was started here a moment ago, by this process: who it is needs no certificate.
+    own = ssl._create_unverified_context()
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=own))
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         with contextlib.suppress(urllib.error.URLError, OSError), direct.open(f"{local}/healthz", timeout=2) as reply:

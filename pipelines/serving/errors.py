@@ -25,6 +25,9 @@ class ApiError(RequestError):
         self.code = code
         self.headers = headers or {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.status, str(self), self.param, self.code, self.headers)
+
     @property
     def body(self) -> dict[str, Any]:
         """The error body."""
@@ -38,3 +41,13 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400 that names the field."""
     return ApiError(400, message, param=param, code=code)
+
+
+def _again(status: int, message: str, param: str | None, code: str | None, headers: dict[str, str]) -> ApiError:
+    """The same error in another process."""
+    return ApiError(status, message, param=param, code=code, headers=headers)
+
+
+def busy(why: str) -> ApiError:
+    """The 429."""
+    return ApiError(429, f"{why}; try again in a second", code="rate_limit_exceeded", headers={"retry-after": "1"})

@@ -12,10 +12,12 @@ import hmac
 import ipaddress
 import json
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from omni_ray.observability.events import emit
 from omni_ray.types.errors import ConfigError, ResourceError
 from pipelines.serving.errors import ApiError
 
@@ -25,6 +27,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MIN_KEY_CHARACTERS = 16
+KEY_PROTOCOL = "openai-insecure-api-key."
+"""Browsers cannot set headers on a WebSocket: the key may come as a subprotocol with this prefix."""
 OPEN_PATHS = frozenset({"/healthz"})
 _BEARER, _BASIC = 'Bearer realm="omni-ray"', 'Basic realm="omni-ray", charset="UTF-8"'
 
@@ -83,6 +87,30 @@ def check_address(host: str, api_key_file: Path | None) -> None:
         )
 
 
+def check_tls(host: str, cert: Path | None, key: Path | None) -> dict[str, str]:
+    """Options of the proxy's TLS, none without files; warns where keys and voices would travel in the clear.
+
+    Raises:
+        ConfigError: one of the two files is missing, or they do not belong together.
+    """
+    if cert is None and key is None:
+        if not is_loopback(host):
+            emit(
+                "no_tls",
+                host=host,
+                meaning="keys and voices travel in the clear, and browsers give no microphone",
+                mend="--tls-cert FILE --tls-key FILE",
+            )
+        return {}
+    if cert is None or key is None:
+        raise ConfigError("--tls-cert and --tls-key belong together; give both")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"{cert} and {key} are no certificate with its key ({error}); give PEM files") from None
+    return {"ssl_certfile": str(cert.resolve()), "ssl_keyfile": str(key.resolve())}
+
+
 def check_port(host: str, port: int) -> int:
     """Make sure that ``port`` is free on ``host``; 0 finds a free one, which is returned.
 
@@ -134,7 +162,9 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.split("://", 1)[-1].lower() != host.lower():
             return ApiError(403, f"pages from {origin[:80]} may not use this server; open its own page")
-        if self.keys and not self.knows(headers.get("authorization", "")):
+        key = self.which(headers) if self.keys else 0
+        scope["omni_ray.key"] = key
+        if key is None:
             # A browser that opens the page is asked for a password, which is the key; browsers read one challenge only.
             challenge = _BASIC if "text/html" in headers.get("accept", "") else _BEARER
             return ApiError(
@@ -148,19 +178,32 @@ class Guard:
             return too_large(self.max_body_bytes)
         return None
 
-    def knows(self, authorization: str) -> bool:
-        """Whether a header carries one of the keys; every key is compared, in constant time."""
+    def which(self, headers: Mapping[str, str]) -> int | None:
+        """Number of the key that a request carries: in its header, or, as browsers must, in a subprotocol."""
+        for name in headers.get("sec-websocket-protocol", "").split(","):
+            if name.strip().startswith(KEY_PROTOCOL):
+                return self._number(name.strip()[len(KEY_PROTOCOL) :].encode("utf-8", "replace"))
+        given = self._given(headers.get("authorization", ""))
+        return None if given is None else self._number(given)
+
+    def _number(self, given: bytes) -> int | None:
+        """Every key is compared, in constant time."""
+        seen = _hash(given)
+        same = [hmac.compare_digest(seen, key) for key in self.keys]
+        return same.index(True) if any(same) else None
+
+    @staticmethod
+    def _given(authorization: str) -> bytes | None:
         scheme, _, credentials = authorization.partition(" ")
         given = credentials.strip().encode("utf-8", "replace")
         if scheme.lower() == "basic":  # what a browser sends for the page; any user name, the key as password
             try:
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
             except (binascii.Error, ValueError):
-                return False
+                return None
         elif scheme.lower() != "bearer":
-            return False
-        seen = _hash(given)
-        return any([hmac.compare_digest(seen, key) for key in self.keys])
+            return None
+        return given
 
 
 class _Capped:

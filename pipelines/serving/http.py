@@ -1,20 +1,31 @@
-"""The HTTP surface: chat completions, models, health, the page."""
+"""The surface: chat completions, audio, live conversations, models, health, metrics, the page."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from importlib import resources
+from collections.abc import Awaitable, Callable, MutableMapping
+from importlib import metadata, resources
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.exceptions import HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as RoutingError
+from starlette.requests import ClientDisconnect
 
 from omni_ray.observability.events import emit
+from pipelines.serving.audio_api import TRANSCRIPT_FORMS, SpeechRequest, speech, transcriptions
 from pipelines.serving.errors import ApiError
-from pipelines.serving.guard import Asgi, Guard
+from pipelines.serving.guard import Asgi, Guard, Receive, Scope, Send
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.protocol import ChatRequest
+from pipelines.serving.realtime.socket import serve_socket
+
+if TYPE_CHECKING:
+    from pipelines.serving.gateway import Gateway
 
 PAGE_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 _PAGE_HEADERS = {
@@ -26,44 +37,176 @@ _PAGE_HEADERS = {
 }
 
 
-class Model(Protocol):
-    """What stands behind the endpoints."""
-
-    name: str
-
-    async def complete(self, request: Request) -> dict[str, Any]: ...
-    async def ready(self) -> dict[str, bool]: ...
-
-
-def build_http(model: Model, keys: tuple[bytes, ...], max_body_bytes: int) -> Asgi:
-    """The ASGI application around a model.
+def build_http(gateway: Gateway, keys: tuple[bytes, ...], max_body_bytes: int) -> Asgi:
+    """The ASGI application around a gateway.
 
     Args:
-        model: Answers requests.  keys: Hashes of API keys, none for this machine alone.  max_body_bytes: Cap of a body.
+        gateway: Answers requests.
+        keys: Hashes of API keys, none for this machine alone.  max_body_bytes: Cap of a body.
     """
-    app = FastAPI(title="omni_ray", docs_url=None, redoc_url=None)
+    app = FastAPI(title="omni_ray", version=_version(), docs_url=None, redoc_url=None)
     app.state.started = int(time.time())
     _errors(app)
-    _health(app, model)
-    _models(app, model)
+    _health(app, gateway)
+    _models(app, gateway)
     _page(app)
+    _answering(app, gateway)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> JSONResponse:
-        """Answer a conversation of text, pictures, sounds and films in text or speech."""
+    @app.websocket("/v1/realtime")
+    async def realtime(socket: WebSocket) -> None:
+        await serve_socket(gateway, socket)
+
+    return Guard(_Counted(app, gateway.metrics), keys, max_body_bytes)
+
+
+def _answering(app: FastAPI, gateway: Gateway) -> None:
+    async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         try:
-            return JSONResponse(await model.complete(request))
-        except ApiError:
+            return await call(request)
+        except (ApiError, ClientDisconnect):
             raise
         except Exception as error:  # an error's words may hold a user's words: its kind and place alone are logged
             emit("request_failed", path=request.url.path, error=type(error).__name__, at=_place(error))
             message = "the server failed on this request; its log names the place"
             raise ApiError(500, message, code="internal_error") from None
 
-    return Guard(app, keys, max_body_bytes)
+    @app.post("/v1/chat/completions", openapi_extra=_body("application/json", ChatRequest), responses=_REFUSALS)
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation of text, pictures, sounds and films in text or speech; whole or as a stream."""
+        return await guarded(request, gateway.chat)
+
+    @app.post("/v1/audio/speech", openapi_extra=_body("application/json", SpeechRequest), responses=_REFUSALS)
+    async def audio_speech(request: Request) -> Response:
+        """Read a text aloud."""
+
+        async def call(request: Request) -> Response:
+            check_json(request)
+            return await _admitted(gateway, request, speech)
+
+        return await guarded(request, call)
+
+    @app.post("/v1/audio/transcriptions", openapi_extra=_FORM, responses=_REFUSALS)
+    async def audio_transcriptions(request: Request) -> Response:
+        """Write down what is said in a sound."""
+        return await guarded(request, lambda request: _admitted(gateway, request, transcriptions))
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(gateway.metrics.text(), media_type=gateway.metrics.content_type)
 
 
-def _health(app: FastAPI, model: Model) -> None:
+async def _admitted(gateway: Gateway, request: Request, call: Callable[[Gateway, Request], Any]) -> Response:
+    """A streamed answer counts as in flight until its end."""
+    held = contextlib.ExitStack()
+    held.enter_context(gateway.admitted(request))
+    with held:
+        response: Response = await call(gateway, request)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _held(response.body_iterator, held.pop_all())
+        return response
+
+
+async def _held(pieces: Any, held: contextlib.ExitStack) -> Any:
+    with held:
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+
+
+class _Counted:
+    """Counts requests by path and status."""
+
+    def __init__(self, app: Asgi, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in KNOWN_PATHS else "other"
+                self.metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, counted)
+
+
+def check_json(request: Request) -> None:
+    """Only JSON: a page of another origin can send other types without asking first.
+
+    Raises:
+        ApiError: 415.
+    """
+    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if found != "application/json":
+        raise ApiError(415, f"the content type is {found[:40] or 'missing'}; send application/json")
+
+
+def _body(kind: str, model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    inlined = _inline(schema, definitions)
+    return {"requestBody": {"required": True, "content": {kind: {"schema": inlined}}}}
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """References replaced by what they point to: a path's schema stands alone."""
+    if isinstance(schema, list):
+        return [_inline(part, definitions) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inline(part, definitions) for name, part in schema.items() if name != "discriminator"}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("omni-ray")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+KNOWN_PATHS = frozenset(
+    {
+        "/",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/openapi.json",
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/audio/speech",
+        "/v1/audio/transcriptions",
+    }
+)
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": "Refused; the body says why"} for status in (400, 401, 403, 413, 415, 429, 500, 503)
+}
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "model": {"type": "string"},
+                        "response_format": {"type": "string", "enum": list(TRANSCRIPT_FORMS)},
+                        "stream": {"type": "boolean"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def _health(app: FastAPI, model: Gateway) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the process answers."""
@@ -78,7 +221,7 @@ def _health(app: FastAPI, model: Model) -> None:
         return JSONResponse(body, status_code=200 if whole else 503)
 
 
-def _models(app: FastAPI, model: Model) -> None:
+def _models(app: FastAPI, model: Gateway) -> None:
     def card() -> dict[str, Any]:
         return {"id": model.name, "object": "model", "created": app.state.started, "owned_by": "omni_ray"}
 

@@ -29,7 +29,7 @@ class _Answer:
 
     session: str
     options: AnswerOptions
-    put: Callable[[AnswerRows | BaseException | None], None]
+    put: Callable[[AnswerRows | BaseException | None], object]
     began: float = field(default_factory=time.monotonic)
     made: int = 0
 
@@ -91,14 +91,14 @@ class LanguageLoop:
         finally:
             self._calls.put((lambda: self._stop(answer), Future()))
 
-    async def forget(self, session: str) -> None:
-        """Free a session."""
+    def forget(self, session: str) -> None:
+        """Free a session, after what was asked before."""
 
         def call() -> None:
             self._end(session)
             self.engine.forget(session)
 
-        await self._call(call)
+        self._calls.put((call, Future()))
 
     async def stop(self) -> None:
         """End the thread."""

@@ -51,11 +51,11 @@ class LocalStages:
         """See the protocol."""
         return await self._beside("say", self.mouth.say, session, answer, first, codes_N4, final)
 
-    async def forget(self, session: str) -> None:
-        """See the protocol."""
-        self.ears.forget(session)
-        self.mouth.forget(session)
-        await self.language.forget(session)
+    def forget(self, session: str) -> None:
+        """See the protocol; behind what runs in each stage already."""
+        self._threads["hear"].submit(self.ears.forget, session)
+        self._threads["say"].submit(self.mouth.forget, session)
+        self.language.forget(session)
 
     async def ready(self) -> Mapping[str, bool]:
         """One process: here or not."""

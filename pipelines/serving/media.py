@@ -65,6 +65,26 @@ def audio_bytes(data: str, form: str, where: str, limits: Limits) -> bytes:
     return raw
 
 
+def sound_bytes_checked(raw: bytes, where: str, limits: Limits) -> float:
+    """Check an uploaded sound; its seconds.
+
+    Raises:
+        ApiError: 400, names the field.
+    """
+    if not raw:
+        raise bad_request(f"{where} is empty; send the sound's bytes", param=where)
+    if sound_form(raw) is None:
+        raise bad_request(f"{where} is none of wav, mp3, flac, ogg; convert it", param=where, code="unreadable_media")
+    try:
+        _check_values(raw, where)
+        seconds = count_samples(raw, where, _RATE_HZ) / _RATE_HZ
+    except MediaError as error:
+        raise unreadable(error, where) from None
+    if seconds > limits.max_audio_s:
+        raise bad_request(f"{where} lasts {seconds:.1f} s, more than {limits.max_audio_s:g} s; cut it", param=where)
+    return seconds
+
+
 def video_bytes(url: str, where: str, limits: Limits) -> bytes:
     """A film's bytes (mp4, mov, webm or mkv).
 

@@ -175,7 +175,7 @@ def check_request(body: Any, limits: Limits) -> ChatRequest:
     try:
         request = ChatRequest.model_validate(body)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise refusal_of(error) from None
     _refuse_unbuilt(body, request)
     if len(request.messages) > limits.max_messages:
         raise bad_request(
@@ -218,7 +218,8 @@ def _structured(body: Mapping[str, Any]) -> bool:
     return wanted is not None and not (isinstance(wanted, Mapping) and wanted.get("type") == "text")
 
 
-def _refusal(error: ValidationError) -> ApiError:
+def refusal_of(error: ValidationError) -> ApiError:
+    """A 400 that names the first field that cannot be."""
     first = error.errors(include_url=False)[0]
     where = _place(first["loc"])
     kind, context = first["type"], first.get("ctx", {})

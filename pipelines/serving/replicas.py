@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from actors.placement import actor_options
 from actors.pool import make_worker
@@ -21,14 +21,14 @@ from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.config.serving import ServePool
 from omni_ray.data.tokenizer import Tokenizer
-from omni_ray.inference.requests import GenerationRequest
-from omni_ray.types.modality import Modality
-from pipelines.serving.prompt import PromptRows
+from pipelines.serving.language_loop import LanguageLoop
+from pipelines.serving.rooms import AudioRoom, SpeechRoom
+from pipelines.serving.session_engine import SessionEngine
+from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
 
-BATCH_SIZE = 8
-"""Most conversations decoded together; a batch is what has arrived while the one before it ran."""
-BATCH_WAIT_S = 0.005
 QUEUED_PER_REPLICA = 64
+STICKY = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+"""Sends a session's name to one replica, and moves few names when replicas come or go."""
 
 
 def options(pool: ServePool) -> dict[str, Any]:
@@ -48,6 +48,11 @@ def options(pool: ServePool) -> dict[str, Any]:
     else:
         chosen["num_replicas"] = pool.replicas
     return chosen
+
+
+def sticky(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Options of a deployment whose replicas hold sessions."""
+    return chosen | {"request_router_config": RequestRouterConfig.model_validate({"request_router_class": STICKY})}
 
 
 def read_recipe(checkpoint: Path) -> Recipe:
@@ -94,13 +99,33 @@ class VisionReplica(WorkerReplica):
 
 
 class AudioReplica(WorkerReplica):
-    """Sounds to rows."""
+    """Sounds to rows, whole or as they are spoken."""
 
     pool = "audio"
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self._room = AudioRoom(self.worker.network)
 
     async def features(self, media: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """Rows [n, D] of every item; waves [S] at 16 kHz in."""
         return await self._run("features", media)
+
+    async def hear(
+        self, session: str, turn: int, packet: int, wave_S: NDArray[np.float32], final: bool
+    ) -> NDArray[np.float32]:
+        """See :meth:`pipelines.serving.rooms.AudioRoom.hear`."""
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._room.hear, session, turn, packet, wave_S, final)
+
+    async def forget(self, session: str) -> None:
+        """Free a session, after what runs for it."""
+        async with self._one_at_a_time:
+            self._room.forget(session)
+
+    async def held(self) -> int:
+        """Sessions held."""
+        return len(self._room)
 
 
 class SpeechReplica(WorkerReplica):
@@ -108,50 +133,52 @@ class SpeechReplica(WorkerReplica):
 
     pool = "speech"
 
-    async def decode(self, codes_N4: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Wave [S] at 24 kHz."""
-        return await self._run("decode", codes_N4)
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self._room = SpeechRoom(self.worker.network)
+
+    async def say(
+        self, session: str, answer: int, first: int, codes_N4: NDArray[np.int64], final: bool
+    ) -> NDArray[np.float32]:
+        """See :meth:`pipelines.serving.rooms.SpeechRoom.say`."""
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._room.say, session, answer, first, codes_N4, final)
+
+    async def forget(self, session: str) -> None:
+        """Free a session, after what runs for it."""
+        async with self._one_at_a_time:
+            self._room.forget(session)
+
+    async def held(self) -> int:
+        """Sessions held."""
+        return len(self._room)
 
 
 class LanguageReplica(WorkerReplica):
-    """Prompt rows and features to generated rows, for all that wait together."""
+    """Rows to rows, for all sessions that it holds together."""
 
     pool = "language"
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint)
         self.worker.build_engine(Tokenizer.load(Path(checkpoint) / "tokenizer.json"))
+        engine = self.worker.engine
+        self._loop = LanguageLoop(SessionEngine(engine.model, engine.vocabulary))
 
-    async def generate(
-        self,
-        rows: PromptRows,
-        vision: list[NDArray[np.float32]] | None,
-        audio: list[NDArray[np.float32]] | None,
-    ) -> tuple[NDArray[np.int64], bool]:
-        """Answer one prompt; ``vision`` and ``audio`` hold the rows of its items, in order.
+    async def extend(self, session: str, at: int, rows: Rows) -> None:
+        """See :meth:`pipelines.serving.stages.Stages.extend`."""
+        await self._loop.extend(session, at, rows)
 
-        Returns:
-            [R, 5] generated rows, and whether they ended by themselves.
-        """
-        return await self._together(_request(rows, {Modality.VISION: vision or (), Modality.AUDIO: audio or ()}))
+    async def answer(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
+        """See :meth:`pipelines.serving.stages.Stages.answer`."""
+        async with aclosing(self._loop.answer(session, at, rows, options)) as parts:  # type: ignore[type-var]
+            async for part in parts:
+                yield part
 
-    @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def _together(self, requests: list[GenerationRequest]) -> list[tuple[NDArray[np.int64], bool]]:
-        answers = await asyncio.to_thread(self.worker.generate, requests)
-        return [(answer.ids_R5.numpy(), answer.finished) for answer in answers]
+    async def forget(self, session: str) -> None:
+        """Free a session."""
+        self._loop.forget(session)
 
-
-def _request(rows: PromptRows, features: Mapping[Modality, Sequence[NDArray[np.float32]]]) -> GenerationRequest:
-    placed = [
-        (offset, torch.from_numpy(values_ND.copy()))
-        for modality, items in features.items()
-        for offset, values_ND in zip(rows.offsets[modality], items, strict=True)
-    ]
-    return GenerationRequest(
-        ids_T5=torch.from_numpy(rows.ids_T5.copy()),
-        features=tuple(placed),
-        voice=rows.voice,
-        max_tokens=rows.max_tokens,
-        temperature=rows.temperature,
-        seed=rows.seed,
-    )
+    async def held(self) -> int:
+        """Sessions held."""
+        return len(self._loop.engine)

@@ -115,8 +115,8 @@ class Stages(Protocol):
         """Sound [S] at the codec's rate of the frames from number ``first`` on that are now certain."""
         ...
 
-    async def forget(self, session: str) -> None:
-        """Free everything of a session, everywhere."""
+    def forget(self, session: str) -> None:
+        """Free everything of a session, everywhere; nobody waits for it, so that nobody's end can prevent it."""
         ...
 
     async def ready(self) -> Mapping[str, bool]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,6 +190,50 @@ def test_a_stop_word_ends_the_text(client: httpx.Client) -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
 
 
+def test_a_live_conversation_over_the_deployments(url: str) -> None:
+    """Sound in, answer out, through Serve's proxy and the stages' own replicas; all is freed afterwards."""
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    import asyncio
+
+    from live import check_ga, pcm, room, voiced
+    from ray import serve as ray_serve
+
+    async def main() -> list[Any]:
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+        events = []
+        async with client.realtime.connect(model="any") as connection:
+            events.append(await connection.recv())
+            audio = {"input": {"turn_detection": None}}
+            await connection.session.update(session={"type": "realtime", "max_output_tokens": 14, "audio": audio})
+            raw = pcm(np.concatenate([voiced(2.3), room(0.2)]))
+            for start in range(0, len(raw), 4800):
+                sound = base64.b64encode(raw[start : start + 4800]).decode()
+                await connection.input_audio_buffer.append(audio=sound)
+            await connection.input_audio_buffer.commit()
+            await connection.response.create()
+            async for event in connection:
+                events.append(event)
+                if event.type in ("response.done", "error"):
+                    return events
+        return events
+
+    events = asyncio.run(main())
+    for event in events:
+        check_ga(event.to_dict())
+    kinds = [event.type for event in events]
+    assert kinds[-1] == "response.done"
+    assert events[-1].response.usage.output_tokens == 14
+    assert events[-1].response.usage.input_token_details.cached_tokens > 20, "packets were prefilled before the commit"
+    sound = b"".join(base64.b64decode(event.delta) for event in events if event.type == "response.output_audio.delta")
+    assert len(sound) == 2 * 1440 * 13
+    for name in ("audio", "language", "speech"):
+        handle = ray_serve.get_deployment_handle(name, "omni-ray")
+        end = time.monotonic() + 10
+        while handle.held.remote().result() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert handle.held.remote().result() == 0
+
+
 def test_media_that_cannot_be_read_name_their_part(client: httpx.Client) -> None:
     def param(*parts: Any) -> tuple[str, str]:
         error = refusal(client, asked(*parts))
@@ -208,7 +253,6 @@ def test_media_that_cannot_be_read_name_their_part(client: httpx.Client) -> None
 
 
 def test_requests_that_are_refused(client: httpx.Client) -> None:
-    assert refusal(client, asked(QUESTION, stream=True))["param"] == "stream"
     assert refusal(client, asked(QUESTION, max_tokens=5000))["param"] == "max_tokens"
     many = asked({"type": "text", "text": "one two three " * 2000})
     assert refusal(client, many)["code"] == "context_length_exceeded"

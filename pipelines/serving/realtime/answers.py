@@ -105,7 +105,7 @@ class Answers:
                 response.finish("failed", error=_error(error))
             finally:
                 self._apart.pop(response.id, None)
-                await self.dialogue.stages.forget(name)
+                self.dialogue.stages.forget(name)
 
         self._tasks[response.id] = self.dialogue.beside(work())
         return response

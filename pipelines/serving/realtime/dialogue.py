@@ -144,7 +144,7 @@ class Dialogue:
             task.cancel()
         if self._running:
             await asyncio.wait(list(self._running), timeout=5)
-        await self.stages.forget(self.session)
+        self.stages.forget(self.session)
 
     def _lost(self, language: bool = True) -> None:
         self.recovered += 1

@@ -13,6 +13,7 @@ from omni_ray.inference.vad import VoiceActivity
 from omni_ray.observability.events import emit as log
 from omni_ray.types.errors import RequestError
 from pipelines.serving.errors import ApiError
+from pipelines.serving.metrics import Metrics
 from pipelines.serving.realtime.answers import Answers
 from pipelines.serving.realtime.client_events import ClientEvent, EventError, audio_of, read_event
 from pipelines.serving.realtime.context import Template
@@ -51,11 +52,13 @@ class Session:
         model: str,
         send: Callable[[str], Awaitable[None]],
         beta: bool = False,
+        metrics: Metrics | None = None,
     ) -> None:
+        self.metrics = metrics or Metrics()
         self.id = new_id("sess")
         self.limits = serving.limits
         self.settings = Settings(model, serving.turn, self.id, beta)
-        self.outbox = Outbox(send)
+        self.outbox = Outbox(send, serving.limits.slow_reader_s)
         self.dialogue = Dialogue(self.id, stages, template, template.model.language.max_position_embeddings)
         self.answers = Answers(self.dialogue, self.settings, self.outbox, self.tell, self._spoken, secrets.randbits(40))
         self.turns = Turns(self.dialogue, self.answers, self.settings, activity, self.tell)
@@ -107,6 +110,8 @@ class Session:
 
     def tell(self, event: Mapping[str, Any]) -> None:
         """Queue a server event, in the names that this client knows."""
+        if event["type"] == "response.done":
+            self.metrics.responses.labels(event["response"]["status"]).inc()
         if not self.settings.beta:
             self.outbox.put(event)
             return
@@ -128,6 +133,7 @@ class Session:
         kind: str = "invalid_request_error",
     ) -> None:
         self.errors += 1
+        self.metrics.errors.inc()
         body = {"type": kind, "code": code, "message": words, "param": param, "event_id": event_id}
         self.tell({"type": "error", "error": body})
 
@@ -294,6 +300,8 @@ class Session:
 
     def note(self) -> None:
         """One line of numbers about the session, nobody's words."""
+        self.metrics.rollbacks.inc(self.turns.rollbacks)
+        self.metrics.wasted.inc(self.answers.wasted_rows)
         log(
             "session_closed",
             items=len(self.dialogue.conversation.items),

@@ -60,7 +60,7 @@ async def transcribe(dialogue: Dialogue, name: str, item: Item, tell: Callable[[
         tell({"type": f"{kind}.failed", **head, "error": body})
         return
     finally:
-        await dialogue.stages.forget(name)
+        dialogue.stages.forget(name)
     words = answer_text(ids, dialogue.template.tokenizer)
     item.content[0]["transcript"] = words
     audio = sum(map(len, heard))

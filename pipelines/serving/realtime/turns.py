@@ -70,9 +70,8 @@ class Turns:
         """Sound of the client."""
         before = self.ear.log.end
         events = self.ear.push(raw)
-        if self.settings.detection is None:
-            if self.turn is None and self.ear.log.end > before:
-                self._begin(max(before, self._committed))
+        if self.settings.detection is None and self.turn is None and self.ear.log.end > before:
+            self._begin(max(before, self._committed))
         for event in events:
             self._act(event)
         if self.turn is not None and self.attempt is None:

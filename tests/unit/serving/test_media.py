@@ -14,7 +14,8 @@ import soundfile
 from omni_ray.config.serving import Limits
 from omni_ray.data.image import encode_png
 from omni_ray.data.video import encode_mp4
-from pipelines.serving.answers import Spoken, Transcripts, cut_at_stop, sound_bytes
+from pipelines.serving.answers import Spoken, Transcripts, sound_bytes
+from pipelines.serving.chat_turn import StopFilter
 from pipelines.serving.conversation import read_conversation
 from pipelines.serving.errors import ApiError
 from pipelines.serving.media import audio_bytes, image_bytes, read_base64, sound_form, video_bytes
@@ -190,6 +191,17 @@ def test_sound_of_an_answer_as_wav_and_bare() -> None:
     assert (samples.tolist(), rate_hz) == ([0, 16384, -32768], 24000)
 
 
-def test_the_first_stop_word_cuts() -> None:
-    assert cut_at_stop("red seven blue", ["blue", "seven"]) == ("red", True)
-    assert cut_at_stop("red", ["blue"]) == ("red", False)
+@pytest.mark.parametrize(
+    ("pieces", "stops", "said"),
+    [
+        (["red seven blue"], ["blue", "seven"], ["red ", ""]),
+        (["red"], ["blue"], ["red", ""]),
+        (["a b", "lu", "e c"], ["blue"], ["a ", "", "", ""]),
+        (["a b", "lack"], ["blue"], ["a ", "black", ""]),
+        (["xaa", "ab"], ["aab"], ["x", "a", ""]),
+        (["x bl"], ["blue"], ["x ", "bl"]),
+    ],
+)
+def test_text_stops_before_the_first_stop_word(pieces: list[str], stops: list[str], said: list[str]) -> None:
+    stop = StopFilter(stops)
+    assert [*map(stop.push, pieces), stop.flush()] == said

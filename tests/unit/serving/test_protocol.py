@@ -78,9 +78,9 @@ REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"modalities": ["video"]}, "modalities[0]", "modalities[0] is 'video';"),
     ({"modalities": []}, "modalities", "modalities is a list;"),
     ({"audio": {"format": "mp3"}}, "audio.format", "audio.format is 'mp3'; input should be 'wav' or 'pcm16'"),
-    ({"stream": True}, "stream", "stream is true, which this version does not do yet; leave it out or send false"),
+    ({"stream": True, "modalities": ["text", "audio"]}, "audio.format", "a streamed spoken answer comes as pcm16"),
     ({"n": 2}, "n", "n is 2; this server gives one choice"),
-    ({"logprobs": True}, "logprobs", "logprobs are not given"),
+    ({"top_logprobs": 21}, "top_logprobs", "top_logprobs is 21"),
     ({"tools": [{}]}, "tools", "tools are not supported by this model"),
     ({"response_format": {"type": "json_object"}}, "response_format", "response_format may only be text"),
 ]

@@ -1,0 +1,89 @@
+"""The whole surface in one process: a gateway over stages without Ray, behind uvicorn on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, checkpoint: Path, key_file: Path | None = None) -> None:
+        from omni_ray.inference.omni_model import load_model
+        from pipelines.serving.gateway import Gateway
+        from pipelines.serving.local_stages import LocalStages
+
+        self.model = load_model(checkpoint)
+        self.stages = LocalStages(self.model)
+        self.gateway = Gateway(str(checkpoint), str(key_file) if key_file else None, self.stages)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        config = uvicorn.Config(
+            self.gateway.asgi(),
+            host="127.0.0.1",
+            port=self.port,
+            log_level="error",
+            ws="websockets-sansio",
+            lifespan="off",
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def _run(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.run_until_complete(self._server.serve())
+
+    def start(self) -> None:
+        self._thread.start()
+        end = time.monotonic() + 30
+        while not self._server.started and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        if self._loop is not None:
+            self._loop.run_until_complete(self.stages.close())
+            self._loop.close()
+
+    def held(self) -> dict[str, int]:
+        """What is held for sessions; all zero when nobody is there."""
+        stages: Any = self.stages
+        return {
+            "sessions": len(self.gateway.sessions),
+            "ears": len(stages.ears),
+            "mouth": len(stages.mouth),
+            "language": len(stages.language.engine),
+            "in_flight": sum(self.gateway._in_flight.values()),
+        }
+
+    def wait_empty(self, timeout_s: float = 5.0) -> dict[str, int]:
+        end = time.monotonic() + timeout_s
+        while any(self.held().values()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.held()
+
+
+@contextlib.contextmanager
+def running(checkpoint: Path, key_file: Path | None = None) -> Iterator[Server]:
+    server = Server(checkpoint, key_file)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
