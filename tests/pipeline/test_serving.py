@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -190,34 +191,35 @@ def test_a_stop_word_ends_the_text(client: httpx.Client) -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
 
 
+async def _push_to_talk(url: str) -> list[Any]:
+    """Events of one spoken question, from the official client."""
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    from live import pcm, room, voiced
+
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+    async with client.realtime.connect(model="any") as connection:
+        events = [await connection.recv()]
+        audio = {"input": {"turn_detection": None}}
+        await connection.session.update(session={"type": "realtime", "max_output_tokens": 14, "audio": audio})
+        raw = pcm(np.concatenate([voiced(2.3), room(0.2)]))
+        for start in range(0, len(raw), 4800):
+            sound = base64.b64encode(raw[start : start + 4800]).decode()
+            await connection.input_audio_buffer.append(audio=sound)
+        await connection.input_audio_buffer.commit()
+        await connection.response.create()
+        async for event in connection:
+            events.append(event)
+            if event.type in ("response.done", "error"):
+                break
+    return events
+
+
 def test_a_live_conversation_over_the_deployments(url: str) -> None:
     """Sound in, answer out, through Serve's proxy and the stages' own replicas; all is freed afterwards."""
-    openai = pytest.importorskip("openai", reason="the openai package is not installed")
-    import asyncio
-
-    from live import check_ga, pcm, room, voiced
+    from live import check_ga
     from ray import serve as ray_serve
 
-    async def main() -> list[Any]:
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
-        events = []
-        async with client.realtime.connect(model="any") as connection:
-            events.append(await connection.recv())
-            audio = {"input": {"turn_detection": None}}
-            await connection.session.update(session={"type": "realtime", "max_output_tokens": 14, "audio": audio})
-            raw = pcm(np.concatenate([voiced(2.3), room(0.2)]))
-            for start in range(0, len(raw), 4800):
-                sound = base64.b64encode(raw[start : start + 4800]).decode()
-                await connection.input_audio_buffer.append(audio=sound)
-            await connection.input_audio_buffer.commit()
-            await connection.response.create()
-            async for event in connection:
-                events.append(event)
-                if event.type in ("response.done", "error"):
-                    return events
-        return events
-
-    events = asyncio.run(main())
+    events = asyncio.run(_push_to_talk(url))
     for event in events:
         check_ga(event.to_dict())
     kinds = [event.type for event in events]
