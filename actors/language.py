@@ -63,7 +63,7 @@ class LanguageWorker(NetworkWorker):
 
         Args:
             micro_batch: Its number in the step.  batch: Packed rows, codec rows still empty.
-            context: Counts and routes.  features: What each encoder rank sent, chunks joined or not.
+            context: Counts and routes.  features: What each encoder rank sent, in memory that is this worker's own.
             wanted: Modalities whose encoders train; the others get no gradient.
         Returns:
             This micro-batch's share of the step's loss, a scalar.
@@ -73,10 +73,10 @@ class LanguageWorker(NetworkWorker):
         placed: list[EmbeddingBatch] = []
         for modality in (Modality.VISION, Modality.AUDIO):
             for arrived in features.get(modality, ()):
-                values_ID = arrived.values_ID.clone().requires_grad_(modality in wanted)
-                placed.append(EmbeddingBatch(values_ID=values_ID, item_ids=arrived.item_ids, lengths=arrived.lengths))
+                arrived.values_ID.requires_grad_(modality in wanted)
+                placed.append(arrived)
                 if modality in wanted:
-                    leaves.append((arrived, values_ID))
+                    leaves.append((arrived, arrived.values_ID))
         loss, output = self._loss(batch, context, placed)
         if self.live:
             seen = output.expert_counts_LE

@@ -12,7 +12,7 @@ import ray
 from actors.placement import actor_options, asked, check_fits, pool_config, spoken
 from actors.transport import pack, unpack
 from actors.worker import Rank
-from omni_ray.bridge.chunk import join
+from omni_ray.bridge.chunk import gathered
 from omni_ray.config.recipe import Recipe
 from omni_ray.types.batch import EmbeddingBatch
 from omni_ray.types.errors import ResourceError
@@ -76,7 +76,7 @@ class PoolActor:
         features: dict[Modality, list[EmbeddingBatch]] = {}
         start = 0
         for modality, count in layout:
-            features.setdefault(modality, []).append(join(unpack(list(pieces[start : start + count]))))
+            features.setdefault(modality, []).append(gathered(unpack(list(pieces[start : start + count]))))
             start += count
         self.worker.forward(micro_batch, batch, context, features, wanted)
         gradients = self.worker.backward(micro_batch)

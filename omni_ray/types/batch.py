@@ -125,6 +125,8 @@ class EmbeddingBatch:
     """Items whose rows follow each other; an empty tuple is a normal batch."""
     lengths: tuple[int, ...]
     """Rows per item, same order."""
+    starts: tuple[int, ...] = ()
+    """First row inside its item of every part, where an item travels in parts; empty: every item is whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

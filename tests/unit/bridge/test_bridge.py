@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_ray.bridge.chunk import join, split
+from omni_ray.bridge.chunk import gathered, join, split
 from omni_ray.bridge.modality_bridge import place, rows_of, take_back
+from omni_ray.bridge.route import route_items
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
 from omni_ray.types.errors import PlanError
 from omni_ray.types.modality import Modality
@@ -48,9 +51,33 @@ def test_chunks_join_to_the_same_bits(lengths: list[int], num_chunks: int) -> No
     assert (again.item_ids, again.lengths) == (whole.item_ids, whole.lengths)
 
 
-def test_chunks_are_nearly_equal() -> None:
-    pieces = split(batch_of([4] * 16), 4)
-    assert [sum(piece.lengths) for piece in pieces] == [16, 16, 16, 16]
+@given(st.lists(st.integers(1, 40), max_size=6), st.integers(1, 8))
+def test_chunks_differ_by_one_row_at_most(lengths: list[int], num_chunks: int) -> None:
+    rows = [piece.values_ID.shape[0] for piece in split(batch_of(lengths), num_chunks)]
+    assert max(rows) - min(rows) <= 1
+    assert rows == [sum(piece.lengths) for piece in split(batch_of(lengths), num_chunks)]
+
+
+def test_an_item_in_parts_is_placed_whole_and_a_lost_part_is_seen() -> None:
+    whole, routes, base = batch_of([7, 2]), routes_of([7, 2]), torch.zeros(20, 3)
+    pieces = split(whole, 3)
+    assert [piece.item_ids for piece in pieces] == [(0,), (0,), (0, 1)]
+    assert torch.equal(place(base, list(reversed(pieces)), routes), place(base, [whole], routes))
+    assert torch.equal(gathered(pieces).values_ID, whole.values_ID)
+    with pytest.raises(PlanError, match="item 0 arrived with 4 rows, its route holds 7"):
+        place(base, [pieces[0], pieces[2]], routes)
+    with pytest.raises(PlanError, match=r"items \[1\] have routes, yet their features never arrived"):
+        place(base, pieces[:2] + split(batch_of([7]), 7)[6:], routes)
+
+
+def test_overlapping_routes_are_refused_by_name() -> None:
+    routes = list(routes_of([4, 4]).values())
+    crossed = [routes[0], dataclasses.replace(routes[1], offset=routes[0].offset + 3)]
+    with pytest.raises(
+        PlanError, match=r"items 0 and 1 of micro-batch 0 both claim rows 5\.\.5; routes must be disjoint"
+    ):
+        route_items(crossed)
+    assert route_items(routes).select(0, Modality.VISION) == tuple(routes)
 
 
 @settings(deadline=None)
