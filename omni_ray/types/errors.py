@@ -38,6 +38,10 @@ class ResourceError(OmniError):
     """Hardware, memory, ports or cluster capacity that is not there."""
 
 
+class HangError(OmniError):
+    """A pool, rank and phase that did not answer within the recipe's time-out, or lost a peer."""
+
+
 class RequestError(OmniError):
     """A request of a client that cannot be answered as it stands."""
 
