@@ -27,8 +27,10 @@ ENVIRONMENT: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
-"""Set for the cluster where the user has set nothing: no reports to outside, GPUs left visible, one thread a worker."""
+"""Set for the cluster where the user has set nothing: no reports to outside, GPUs left visible, one thread a
+worker, and no traceback for each call that a lost actor takes with it (the run itself reports the loss)."""
 
 
 @contextmanager

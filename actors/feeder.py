@@ -114,11 +114,15 @@ class Feeder:
             self._positions.popitem(last=False)
 
     def payloads(self, step: int, keys: Sequence[PayloadKey]) -> list[Any]:
-        """The parts of a planned step, one object each, and forget the step."""
-        prepared = self._ready.pop(step)
+        """The parts of a planned step, one object each; the step is kept for a replay until :meth:`forget`."""
+        prepared = self._ready[step]
         routes = RouteTable.of(prepared.plan)
         out = [self._payload(prepared, routes, key) for key in keys]
         return out[0] if len(out) == 1 else out
+
+    def forget(self, before: int) -> None:
+        """Let go of steps below ``before``: a snapshot covers them, they will not run again."""
+        self._ready = {step: prepared for step, prepared in self._ready.items() if step >= before}
 
     def _payload(self, prepared: PreparedStep, routes: RouteTable, key: PayloadKey) -> Any:
         what, micro_batch, rank = key

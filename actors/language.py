@@ -51,6 +51,13 @@ class LanguageWorker(NetworkWorker):
         self._expert_counts: Tensor | None = None
         self._kept: dict[int, tuple[Tensor, list[tuple[EmbeddingBatch, Tensor]]]] = {}
 
+    def forget_step(self) -> None:
+        """Forget gradients, terms, activations and statistics of an unfinished step."""
+        super().forget_step()
+        self._kept = {}
+        self._sums = torch.zeros_like(self._sums)
+        self._expert_counts = None
+
     def forward(
         self,
         micro_batch: int,

@@ -1,17 +1,22 @@
-"""What the pools ask of the cluster, checked before anything starts."""
+"""What the pools ask of the cluster, checked before anything starts, and where each rank is put."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from omni_ray.config.parallel import PoolConfig, Resources
 from omni_ray.config.recipe import Recipe
+from omni_ray.observability.events import emit
 from omni_ray.types.errors import ResourceError
 
 POOL_NAMES = ("language", "vision", "audio", "speech")
+POLL_S = 0.5
 
 
 def pool_config(recipe: Recipe, pool: str) -> PoolConfig:
@@ -25,15 +30,19 @@ def actor_options(resources: Resources) -> dict[str, Any]:
     return {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "resources": dict(resources.custom)}
 
 
+def wants(resources: Resources) -> dict[str, float]:
+    """Resources of one actor under Ray's names, zeros left out."""
+    named = {"CPU": resources.cpu, "GPU": resources.gpu, **resources.custom}
+    return {name: amount for name, amount in named.items() if amount}
+
+
 def asked(recipe: Recipe) -> dict[str, float]:
     """Cluster resources that all pools ask together."""
     total: dict[str, float] = {}
     for pool in POOL_NAMES:
         config = pool_config(recipe, pool)
-        wants = {"CPU": config.resources.cpu, "GPU": config.resources.gpu, **config.resources.custom}
-        for name, amount in wants.items():
-            if amount:
-                total[name] = total.get(name, 0.0) + amount * config.actors
+        for name, amount in wants(config.resources).items():
+            total[name] = total.get(name, 0.0) + amount * config.actors
     return total
 
 
@@ -43,16 +52,71 @@ def spoken(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(named.items())) or "nothing"
 
 
-def check_fits(recipe: Recipe) -> None:
-    """Refuse pools that the running cluster cannot hold.
+def await_room(recipe: Recipe) -> None:
+    """Wait for an autoscaler as long as ``pools.wait_s`` says, then refuse pools that the cluster cannot hold.
 
     Raises:
         ResourceError: names the resource, what is asked and what is there.
     """
-    there = ray.cluster_resources()
-    for name, amount in asked(recipe).items():
-        if amount > there.get(name, 0.0):
-            raise ResourceError(
-                f"the pools ask for {amount:g} {name}, yet the cluster has {there.get(name, 0.0):g}; "
-                f"lower pools.*.actors or pools.*.resources, or add nodes"
+    until = time.monotonic() + recipe.pools.wait_s
+    told = False
+    while True:
+        there = ray.cluster_resources()
+        short = {name: amount for name, amount in asked(recipe).items() if amount > there.get(name, 0.0)}
+        if not short:
+            return
+        if time.monotonic() >= until:
+            break
+        if not told:
+            emit("waiting_for_cluster", asked=spoken(short), there=spoken(there), at_most_s=recipe.pools.wait_s)
+            told = True
+        time.sleep(POLL_S)
+    name, amount = next(iter(short.items()))
+    waited = f" after {recipe.pools.wait_s:g} s" if recipe.pools.wait_s else ""
+    raise ResourceError(
+        f"the pools ask for {amount:g} {name}, yet the cluster has {there.get(name, 0.0):g}{waited}; "
+        f"lower pools.*.actors or pools.*.resources, add nodes, or set pools.wait_s to wait for an autoscaler"
+    )
+
+
+class Places:
+    """Where ranks go: anywhere with their resources, or, colocated, onto the devices of the language replicas.
+
+    Colocated, device r is one bundle of a placement group and holds a rank of every encoder pool; language replica d
+    sits on the first device of its inner group (report: world = dp x inner_dp, encoders on every device).
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._group: Any = None
+        if recipe.placement == "colocate":
+            self._group = placement_group(self._bundles(), strategy="PACK")
+
+    def device(self, pool: str, rank: int) -> int:
+        """Number of the device that a rank sits on."""
+        return rank * self.recipe.inner_dp if pool == "language" else rank
+
+    def options(self, pool: str, rank: int) -> dict[str, Any]:
+        """Ray actor options of a rank."""
+        options = actor_options(pool_config(self.recipe, pool).resources)
+        if self._group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=self.device(pool, rank)
             )
+        return options
+
+    def _bundles(self) -> list[dict[str, float]]:
+        pools = {name: pool_config(self.recipe, name) for name in POOL_NAMES}
+        bundles: list[dict[str, float]] = [{} for _ in range(max(config.actors for config in pools.values()))]
+        for name, config in pools.items():
+            for rank in range(config.actors):
+                bundle = bundles[self.device(name, rank)]
+                for resource, amount in wants(config.resources).items():
+                    bundle[resource] = bundle.get(resource, 0.0) + amount
+        return [bundle or {"CPU": 0.001} for bundle in bundles]
+
+    def close(self) -> None:
+        """Give the devices back."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None

@@ -83,6 +83,15 @@ class SpeechWorker:
         """Write ``model/codec`` under a checkpoint folder."""
         self.network.save_pretrained(folder / "model" / "codec")
 
+    def start_saving(self, folder: Path) -> None:
+        """Write the codec; it is frozen and small, so this does not wait for a thread."""
+        if self.rank.rank == 0:
+            self.save(folder)
+
+    def saving_status(self, wait: bool = False) -> str:
+        """Always done."""
+        return "done"
+
     def load(self, folder: Path) -> None:
         """Take the codec of a checkpoint folder."""
         self.build(folder / "model" / "codec")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.snapshot import WorkerState
 from omni_ray.types.batch import EmbeddingBatch, OmniBatch
 from omni_ray.types.seams import Handle, RankId
 
@@ -38,7 +39,7 @@ class PackedTensor:
     """Name of the torch dtype."""
 
 
-CARRIERS = (EmbeddingBatch, OmniBatch)
+CARRIERS = (EmbeddingBatch, OmniBatch, WorkerState)
 
 
 def pack(value: Any) -> Any:
@@ -74,6 +75,8 @@ def _tensors(value: Any) -> Any:
         return _view(value)
     if isinstance(value, PackedTensor):
         return _view(value.bits).view(getattr(torch, value.dtype))
+    if isinstance(value, dict):
+        return {key: _tensors(item) for key, item in value.items()}
     return unpack(value)
 
 

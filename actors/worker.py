@@ -6,18 +6,21 @@ order; sums of gradient terms are made in that order, or, over several ranks, in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from actors.group import PoolGroup, leave_group
+from actors.snapshot import BackgroundSave, Snapshots, WorkerState, load_optimizer, write_shard
 from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.route import tiles_of
 from omni_ray.config.recipe import Recipe
+from omni_ray.training.digest import digests
 from omni_ray.training.networks import build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
@@ -47,6 +50,11 @@ class NetworkWorker:
         """Whether the stage trains any part of this network."""
         self.terms: dict[int, Tensor] = {}
         """Gradient terms by number; kept only when several ranks must add them in one order."""
+        self.group: PoolGroup | None = None
+        """The pool's process group, where sums are made by all-reduce."""
+        self.saving = BackgroundSave()
+        self.snapshots = Snapshots()
+        """States of this worker in memory, by step."""
 
     def build(self, folder: Path | None = None) -> None:
         """Make the network, from ``folder`` (``model/NAME`` of a checkpoint) or as the recipe starts."""
@@ -62,9 +70,23 @@ class NetworkWorker:
         self.live = self.optimizer.set_stage(self.stage)
         return self.live
 
+    def join_group(self, address: str, timeout_s: float) -> None:
+        """Meet the other ranks of the pool, for ``reduce: fast``."""
+        self.group = PoolGroup(self.rank.pool, self.rank.rank, self.rank.ranks, address, timeout_s)
+
+    def leave(self) -> None:
+        """Give the process group back."""
+        self.group = None
+        leave_group()
+
+    @property
+    def ordered(self) -> bool:
+        """Whether sums are made term by term in one order, whatever the pool sizes."""
+        return self.recipe.schedule.reduce == "ordered"
+
     def keep_term(self, number: int) -> None:
         """Close one gradient term; on a single rank it stays added where autograd put it."""
-        if self.live and self.rank.ranks > 1:
+        if self.live and self.rank.ranks > 1 and self.ordered:
             self.terms[number] = self.optimizer.take_term()
 
     def give_terms(self) -> tuple[list[int], Tensor]:
@@ -80,7 +102,9 @@ class NetworkWorker:
         """
         if not self.live:
             return 0.0
-        if self.rank.ranks > 1:
+        if self.rank.ranks > 1 and not self.ordered:
+            self._sum_over_ranks()
+        elif self.rank.ranks > 1:
             rows = {n: row for numbers, rows in others for n, row in zip(numbers, rows, strict=True)}
             self.optimizer.clear()
             self.optimizer.put_terms(rows[n] for n in sorted(rows))
@@ -92,17 +116,78 @@ class NetworkWorker:
         stage, inside = self.recipe.stage_at(step)
         return self.optimizer.apply(norms_squared, rates(stage.lr, inside, stage.steps))
 
+    def _sum_over_ranks(self) -> None:
+        assert self.group is not None, "reduce: fast over several ranks needs join_group first"
+        flat = self.optimizer.take_term()
+        self.group.sum_in_place(flat, "finish")
+        self.optimizer.put_terms([flat])
+
+    def gradient_digests(self) -> dict[str, str]:
+        """The closed gradient's bits by parameter, for comparison with the reference."""
+        return digests({n: p.grad for n, p in self.network.named_parameters() if p.grad is not None})
+
+    def weight_digests(self) -> dict[str, str]:
+        """The weights' bits by parameter and buffer."""
+        return digests(self.network.state_dict())
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The closed gradient by parameter."""
+        return {n: p.grad for n, p in self.network.named_parameters() if p.grad is not None}
+
+    def state(self) -> WorkerState:
+        """A copy of everything that a step changes."""
+        return WorkerState.of(self.network, self.optimizer)
+
+    def keep_snapshot(self, step: int) -> None:
+        """Keep a copy of the state after ``step`` steps, in this process."""
+        self.snapshots.keep(step, self.state())
+
+    def give_snapshot(self, step: int) -> WorkerState:
+        """The state kept after ``step`` steps, for another process."""
+        return self.snapshots.get(step)
+
+    def take_snapshot(self, step: int, state: WorkerState) -> None:
+        """Keep a state that came from another process, and go on from it."""
+        self.snapshots.keep(step, state.copy())
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Go back to the state after ``step`` steps; forget everything of steps begun since."""
+        self.snapshots.get(step).restore(self.network, self.optimizer)
+        self.snapshots.drop_after(step)
+        self.forget_step()
+
+    def drop_snapshots(self, before: int) -> None:
+        """Forget states older than step ``before``."""
+        self.snapshots.drop_before(before)
+
+    def forget_step(self) -> None:
+        """Forget gradients, terms and activations of an unfinished step."""
+        self.optimizer.clear()
+        self.terms = {}
+
     def save(self, folder: Path) -> None:
-        """Write ``model/NAME`` and ``optimizer/NAME.safetensors`` under a checkpoint folder."""
-        network: Any = self.network
-        network.save_pretrained(folder / "model" / self.network_name)
-        (folder / "optimizer").mkdir(parents=True, exist_ok=True)
-        save_file(self.optimizer.state_tensors(), folder / "optimizer" / f"{self.network_name}.safetensors")
+        """Write this rank's shard: ``model/NAME`` (rank 0) and its part of ``optimizer/`` under a checkpoint folder."""
+        self._shard_writer(folder)()
+
+    def start_saving(self, folder: Path) -> None:
+        """Like :meth:`save`, from a copy, while the worker goes on."""
+        self.saving.start(self._shard_writer(folder, copied=True))
+
+    def saving_status(self, wait: bool = False) -> str:
+        """``writing``, ``done``, or what went wrong with :meth:`start_saving`."""
+        return self.saving.status(wait)
+
+    def _shard_writer(self, folder: Path, copied: bool = False) -> Callable[[], None]:
+        rank = self.rank
+        network = copy.deepcopy(self.network) if copied and rank.rank == 0 else self.network
+        tensors = self.optimizer.state_tensors()
+        return lambda: write_shard(folder, self.network_name, rank.rank, rank.ranks, network, tensors)
 
     def load(self, folder: Path) -> None:
-        """Take weights and optimizer state from a checkpoint folder."""
+        """Take weights and optimizer state from a checkpoint folder, however many ranks wrote it."""
         self.build(folder / "model" / self.network_name)
-        self.optimizer.load_state_tensors(load_file(folder / "optimizer" / f"{self.network_name}.safetensors"))
+        self.optimizer.load_state_tensors(load_optimizer(folder, self.network_name))
 
 
 class EncoderWorker(NetworkWorker):
@@ -114,6 +199,11 @@ class EncoderWorker(NetworkWorker):
     def __init__(self, recipe: Recipe, rank: Rank) -> None:
         super().__init__(recipe, rank)
         self._kept: dict[int, list[tuple[int, Tensor | None, list[Any], tuple[int, ...]]]] = {}
+
+    def forget_step(self) -> None:
+        """Forget gradients, terms and activations of an unfinished step."""
+        super().forget_step()
+        self._kept = {}
 
     def encode(self, media: Sequence[Any]) -> tuple[Tensor, tuple[int, ...]]:
         """One tile: decoded media in, rows [sum of lengths, D] and rows per item out."""
@@ -133,7 +223,7 @@ class EncoderWorker(NetworkWorker):
             ``num_chunks`` embedding batches, without autograd history.
         """
         kept, out = [], []
-        for tile, members in tiles_of(items):
+        for tile, members in tiles_of(items) if self.ordered else [(micro_batch, list(items))]:
             inputs = [media[item.id] for item in members]
             recompute = getattr(self.recipe.pools, self.rank.pool).recompute == "full"
             with torch.set_grad_enabled(self.live and not recompute):

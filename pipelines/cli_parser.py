@@ -115,6 +115,7 @@ def _add_training(commands: _Commands) -> None:
     _add_recipe(train)
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of --out")
+    train.add_argument("--timeline", metavar="OUT.json", type=Path, help="write spans of every actor for Perfetto")
     submit = commands.add(
         "submit",
         "pipelines.cli_train:submit",

@@ -41,10 +41,12 @@ def train(args: Namespace) -> Outcome:
     recipe = load_recipe(args.recipe, args.set)
     out = (args.out or Path("runs") / Path(args.recipe).stem).resolve()
     from pipelines.training.loop import train as run_training
+    from pipelines.training.timeline import usage_text
 
-    result = run_training(recipe, out, args.resume)
+    result = run_training(recipe, out, args.resume, timeline=args.timeline)
     if result.finished:
         text = f"trained {result.step} steps in {result.seconds:.0f} s; checkpoint {result.checkpoint}"
+        text += f"\n{usage_text(result.usage)}" if result.usage else ""
     else:
         text = f"stopped after step {result.step} of {recipe.total_steps}; the same command with --resume goes on"
     return Outcome(text=text, document=dataclasses.asdict(result))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from omni_ray.balance.cost import language_cost
-from omni_ray.balance.dispatch import assign, light_ends
+from omni_ray.balance.dispatch import assign, deal, light_ends
 from omni_ray.types.batch import ItemRoute, MicroBatchPlan, StepPlan
 from omni_ray.types.errors import PlanError
 from omni_ray.types.modality import Modality
@@ -21,6 +21,8 @@ class PoolRanks:
     audio: int = 1
     speech: int = 1
     language: int = 1
+    inner_dp: int = 0
+    """Encoder ranks of one language replica, which encode its items alone (colocated); 0: any rank encodes any item."""
 
     def of(self, modality: Modality) -> int:
         """Ranks of an encoder pool."""
@@ -58,7 +60,7 @@ def make_plan(
         tile_items: Items of one modality that run as one fixed batch.  counts: Rows per loss term over the step.
     """
     rows = [sum(language_cost(len(samples[i])) for i in group) for group in groups]
-    language_ranks = assign(rows, ranks.language)
+    language_ranks = deal(rows, ranks.language)
     micro_batches = tuple(
         MicroBatchPlan(
             index=index,
@@ -74,7 +76,7 @@ def make_plan(
         stage=stage,
         micro_batches=micro_batches,
         order=tuple(range(len(groups))),
-        items=_dispatch(items, ranks),
+        items=dispatch_items(items, ranks),
         counts=dict(counts),
     )
 
@@ -111,16 +113,21 @@ def _items(
     return items
 
 
-def _dispatch(items: Sequence[ItemRoute], ranks: PoolRanks) -> tuple[ItemRoute, ...]:
-    """Give every tile a rank of its pool, by cost."""
+def dispatch_items(items: Sequence[ItemRoute], ranks: PoolRanks) -> tuple[ItemRoute, ...]:
+    """Give every tile a rank of its pool, by cost; colocated, a rank of its own language replica's inner group."""
     rank_of_tile: dict[int, int] = {}
     for modality in Modality:
-        tiles: dict[int, float] = {}
+        groups: dict[int, dict[int, float]] = {}
         for item in items:
             if item.modality == modality:
+                colocated = ranks.inner_dp and modality != Modality.SPEECH
+                tiles = groups.setdefault(item.language_rank if colocated else -1, {})
                 tiles[item.tile] = tiles.get(item.tile, 0.0) + item.cost
-        if tiles:
-            rank_of_tile.update(zip(tiles, assign(list(tiles.values()), ranks.of(modality)), strict=True))
+        for group, tiles in groups.items():
+            first = 0 if group < 0 else group * ranks.inner_dp
+            size = ranks.of(modality) if group < 0 else ranks.inner_dp
+            chosen = assign(list(tiles.values()), size)
+            rank_of_tile.update({tile: first + rank for tile, rank in zip(tiles, chosen, strict=True)})
     return tuple(replace(item, encoder_rank=rank_of_tile[item.tile]) for item in items)
 
 

@@ -30,23 +30,54 @@ def writing(parent: Path, step: int) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints stay as they are.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    side = parent / f".writing-{checkpoint_name(step)}"
-    shutil.rmtree(side, ignore_errors=True)
+    side = open_side(parent, step)
     try:
-        side.mkdir()
-        yield side
-        (side / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
-        (side / COMPLETE).write_text(f"{FORMAT}\n", encoding="utf-8")
-        target = parent / checkpoint_name(step)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(side, target)
+        with written(parent, step):
+            yield side
+            complete(side, parent, step)
+    finally:
+        shutil.rmtree(side, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def written(parent: Path, step: int) -> Iterator[None]:
+    """Turn the system's errors of the block into one that says what is lost (nothing) and what to do."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"checkpoint of step {step} could not be written under {parent} ({error.strerror}); "
             "free space or choose another --out; earlier checkpoints are intact"
         ) from error
-    finally:
+
+
+def open_side(parent: Path, step: int) -> Path:
+    """An empty folder beside the checkpoints, to write one into.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    side = parent / f".writing-{checkpoint_name(step)}"
+    with written(parent, step):
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(side, ignore_errors=True)
+        side.mkdir()
+    return side
+
+
+def complete(side: Path, parent: Path, step: int) -> Path:
+    """Make a written folder the checkpoint of its step: the last file says it is whole, then it takes its name."""
+    (side / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
+    (side / COMPLETE).write_text(f"{FORMAT}\n", encoding="utf-8")
+    target = parent / checkpoint_name(step)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(side, target)
+    return target
+
+
+def sweep(parent: Path) -> None:
+    """Remove what interrupted writers left behind."""
+    for side in parent.glob(".writing-*"):
         shutil.rmtree(side, ignore_errors=True)
 
 

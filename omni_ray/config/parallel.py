@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from omni_ray.config.model import Checked
 from omni_ray.types.errors import ConfigError
@@ -31,6 +31,8 @@ class PoolConfig(Checked):
     offload: Literal["none", "cpu"] = "none"
     threads: PositiveInt = 1
     """Torch threads of an actor; results are bitwise comparable only at equal threads."""
+    spares: NonNegativeInt = 0
+    """Warm actors with this pool's resources, for its own ranks only; see also ``pools.spares``."""
 
 
 class LanguagePoolConfig(PoolConfig):
@@ -63,6 +65,10 @@ class Pools(Checked):
     audio: PoolConfig = Field(default_factory=PoolConfig)
     speech: PoolConfig = Field(default_factory=PoolConfig)
     language: LanguagePoolConfig = Field(default_factory=LanguagePoolConfig)
+    spares: NonNegativeInt = 1
+    """Warm actors of the run: torch imported, ready to take over a rank that asks for nothing but CPUs."""
+    wait_s: NonNegativeFloat = 0.0
+    """How long to wait for an autoscaler when the cluster cannot hold the pools; 0 refuses at once."""
 
 
 class Schedule(Checked):
@@ -74,6 +80,9 @@ class Schedule(Checked):
     num_chunks: PositiveInt = 1
     """Pieces in which a micro-batch's features travel."""
     reduce: Literal["ordered", "fast"] = "ordered"
+    """``ordered``: sums term by term, bit-equal over pool sizes.  ``fast``: packed batches and all-reduce."""
+    timeout_s: PositiveFloat = 600.0
+    """Longest time without any call of a step ending, and inside one collective; then the run counts as hung."""
     steps_ahead: PositiveInt = 2
     """Steps that the feeder prepares ahead."""
 
@@ -84,14 +93,15 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
     Raises:
         ConfigError: names the setting, its value and what to choose.
     """
-    later: list[tuple[str, object, object]] = [("placement", placement, "separate")]
+    if placement == "colocate":
+        check_colocated(pools)
+    later: list[tuple[str, object, object]] = []
     for name in ("vision", "audio", "speech", "language"):
         pool: PoolConfig = getattr(pools, name)
         later += [(f"pools.{name}.shard", pool.shard, "none"), (f"pools.{name}.offload", pool.offload, "none")]
         later += [(f"pools.{name}.precision", pool.precision, "fp32")]
         if pool.recompute == "selective":
             raise ConfigError(f"pools.{name}.recompute is selective, which is not built yet; choose none or full")
-    later += [("schedule.reduce", schedule.reduce, "ordered")]
     language = pools.language
     if language.recompute != "none":
         raise ConfigError(f"pools.language.recompute is {language.recompute}, which is not built yet; choose none")
@@ -102,3 +112,20 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
             raise ConfigError(f"{name} is {value}, which is not built yet in this version; choose {built}")
     if pools.speech.actors < 1:
         raise ConfigError("pools.speech.actors must be at least 1")
+
+
+def check_colocated(pools: Pools) -> None:
+    """Colocated encoders stand on every device of the language replicas (report: world = dp x inner_dp).
+
+    Raises:
+        ConfigError: names the sizes and the rule.
+    """
+    vision, audio, language = pools.vision.actors, pools.audio.actors, pools.language.actors
+    if vision != audio or vision % language:
+        raise ConfigError(
+            f"placement is colocate with vision {vision}, audio {audio} and language {language} actors; encoders stand "
+            f"on every device of the language replicas: set pools.vision.actors and pools.audio.actors to one multiple "
+            f"of {language}"
+        )
+    if pools.speech.actors > vision:
+        raise ConfigError(f"placement is colocate with {pools.speech.actors} speech actors on {vision} devices")

@@ -55,6 +55,11 @@ class Recipe(Checked):
         return self.model or model_preset(self.size)
 
     @property
+    def inner_dp(self) -> int:
+        """Encoder ranks that belong to one language replica when colocated; 1 otherwise."""
+        return self.pools.vision.actors // self.pools.language.actors if self.placement == "colocate" else 1
+
+    @property
     def total_steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)

@@ -29,8 +29,8 @@ class CheckpointConfig(Checked):
     every_steps: PositiveInt = 200
     keep: PositiveInt = 2
     """Newest whole checkpoints that stay on disk."""
-    snapshot_every: PositiveInt = 50
-    """Steps between in-memory snapshots (supervision, a later issue)."""
+    snapshot_every: PositiveInt = 10
+    """Steps between in-memory snapshots; no more than these are lost when an actor dies."""
     accept_changed: tuple[Literal["mixture"], ...] = ()
     """What a resumed run may change: ``mixture`` goes on from every stream's position with the new weights."""
 

@@ -81,6 +81,12 @@ class Progress:
             self._draw(self._line)
             self._drawn_at = now_s
 
+    def rewind(self, done: int) -> None:
+        """Go back to ``done`` units: the work since is done again."""
+        self._done = done
+        self._marks.clear()
+        self._marks.append((self._clock(), done))
+
     def _text(self, fields: dict[str, Any]) -> str:
         shown = {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in fields.items()}
         left = "?" if self.left_s == float("inf") else format_duration(self.left_s)

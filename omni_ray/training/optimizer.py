@@ -144,6 +144,7 @@ class PoolOptimizer:
         Raises:
             CheckpointError: a tensor belongs to no parameter of this network.
         """
+        self._adam.state.clear()
         for key, value in tensors.items():
             name, _, field = key.rpartition("::")
             if name not in self.parameters:

@@ -293,6 +293,7 @@ def pool_ranks(recipe: Recipe) -> PoolRanks:
         audio=pools.audio.actors,
         speech=pools.speech.actors,
         language=pools.language.actors,
+        inner_dp=recipe.inner_dp if recipe.placement == "colocate" else 0,
     )
 
 

@@ -78,9 +78,8 @@ class Reference:
         norms = [self.optimizers[name].norm_squared() for name in live]
         gradients = {name: _copies(self.networks[name]) for name in live} if keep_gradients else {}
         share = rates(stage.lr, inside, stage.steps)
-        for name in live:
-            self.optimizers[name].apply(norms, share)
-        if "language" in live:
+        made = [self.optimizers[name].apply(norms, share)[1] for name in live]
+        if "language" in live and all(made):
             rate = self.recipe.optimizer.expert_bias_rate * share["language"] / stage.lr.peak
             language.update_expert_bias(experts, rate)
         norm = math.sqrt(sum(norms))

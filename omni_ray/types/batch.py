@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from omni_ray.types.modality import Modality
+
+if TYPE_CHECKING:  # plans and routes are read by processes that have no use for torch
+    from torch import Tensor
 
 IGNORE = -100
 """Label of a row that carries no loss."""

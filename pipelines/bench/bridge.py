@@ -75,7 +75,7 @@ def draw_pair(rng: random.Random, encoders: int, languages: int) -> tuple[Lists,
 
 def start_ranks(count: int) -> list[Any]:
     """Actors that stand for ranks."""
-    remote = ray.remote(PairRank)
+    remote: Any = ray.remote(PairRank)
     return [remote.options(num_cpus=0.1).remote() for _ in range(count)]
 
 
@@ -139,7 +139,7 @@ def _equal(
 
 def peak_bytes(repeats: int) -> dict[int, list[tuple[float, float]]]:
     """Peak of inner rank 0 by number of chunks: (tracked, process), one pair a repeat; four encoders, cp 2."""
-    remote = ray.remote(GroupRank)
+    remote: Any = ray.remote(GroupRank)
     group = [remote.options(num_cpus=0.1).remote() for _ in range(4)]
     address = ray.get(group[0].address.remote())
     ray.get([actor.join.remote(rank, len(group), address) for rank, actor in enumerate(group)])
@@ -171,7 +171,7 @@ _PEAK = "worst over num_chunks 2, 4, 8 of peak(k) k / peak(1) on inner rank 0; 2
 def hop_seconds(repeats: int) -> dict[str, list[float]]:
     """Seconds of one hop of 64 MB from actor to actor, three ways in turn, and of a copy in memory."""
     width = 1024
-    remote = ray.remote(HopEnd)
+    remote: Any = ray.remote(HopEnd)
     sender, receiver = (remote.options(num_cpus=0.1).remote(HOP_BYTES // 4 // width, width) for _ in range(2))
     kinds = ("bridge", "numpy", "tensor")
     found: dict[str, list[float]] = {kind: [] for kind in (*kinds, "memcpy")}

@@ -38,7 +38,7 @@ def language_loss(rows_ID: Tensor) -> Tensor:
 class PairRank:
     """Encoder rank r and language rank r of every pair of pool sizes."""
 
-    def encode(self, lists: Sequence[Sequence[Item]], num_chunks: int, seed: int, flip: bool = False) -> list[Any]:
+    def encode(self, lists: Sequence[Sequence[Item]], num_chunks: int, seed: int, flip: bool = False) -> Any:
         """Pieces for every language rank and chunk, flat; ``lists``: this rank's items by language rank."""
         out = []
         for items in lists:

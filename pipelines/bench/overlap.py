@@ -1,7 +1,7 @@
-"""Overlap: the pipelined step over the barrier step, on real training of the tiny recipe, same run, alternating.
+"""Overlap: the pipelined step over the barrier step, each at its own best pool sizes, and over equal pools.
 
-First form: real mathematics on this machine's cores, one actor a pool.  The slept loads of the report's Table 2, each
-schedule at its own best pool sizes, come with the decoupled-training work.
+Loads of the report's Table 2, slept on 32 simulated devices; and real mathematics: the tiny recipe with one actor a
+pool on this machine's cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from actors.pool import Pool, start_pools
 from omni_ray.config.load import load_recipe
 from omni_ray.config.parallel import Schedule
 from omni_ray.config.recipe import Recipe
-from pipelines.bench.writer import BenchReport, environment, measured
+from pipelines.bench.slept_pools import SleptCluster, best_layout
+from pipelines.bench.table2 import MICRO_BATCHES, draw_loads, separate
+from pipelines.bench.text_parity import DEVICES, SCALE
+from pipelines.bench.writer import BenchReport, Figure, environment, measured
 from pipelines.training.data_root import data_root
 from pipelines.training.step import StepDriver
 
@@ -27,39 +30,76 @@ STEPS_A_RUN = 8
 
 
 def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
-    """Steps per second of both schedules on the stage that holds every modality.
+    """Steps per second, all of the same work a language replica; slept loads, then real mathematics.
 
     Args:
-        quick: Fewer alternations (the same steps, sizes and kinds).  seed: Draws another order of samples.
+        quick: Fewer alternations (the same steps, sizes and kinds).  seed: Draws other loads and samples.
     """
-    recipe = media_stage(load_recipe("tiny", [f"seed={seed}"]))
-    rounds = 5 if quick else 9
     with local_or_joined():
-        root = data_root(recipe)
-        feeder: Any = ray.remote(Feeder).options(num_cpus=0.1).remote(recipe, root, 0)
-        pools = start_pools(recipe, POOL_NAMES)
-        try:
-            rates = _alternate(recipe, pools, feeder, rounds)
-        finally:
-            for pool in pools.values():
-                pool.stop()
-            ray.kill(feeder)
-    ratios = [p / b for p, b in zip(rates["pipelined"], rates["barrier"], strict=True)]
+        slept, facts = slept_figures(seed, 2 if quick else 5)
+        real = real_figures(seed, 5 if quick else 9)
     return BenchReport(
-        bench="overlap",
-        environment=environment(seed=seed, form="first: real mathematics, tiny recipe, one actor a pool"),
-        figures=(
-            measured(
-                "pipelined_over_barrier",
-                ratios,
-                unit="ratio",
-                better="higher",
-                against="barrier; tiny recipe, real mathematics, one actor a pool; the goal is for slept loads",
-            ),
-            measured("pipelined_steps_per_s", rates["pipelined"], unit="steps/s", better="higher"),
-            measured("barrier_steps_per_s", rates["barrier"], unit="steps/s", better="higher"),
-        ),
+        bench="overlap", environment=environment(seed=seed, quick=quick, **facts), figures=(*slept, *real)
     )
+
+
+def slept_figures(seed: int, repeats: int) -> tuple[list[Figure], dict[str, Any]]:
+    """The three plans in turn on the same devices; their rates are micro-batches per second."""
+    layouts = {
+        "pipelined": best_layout(DEVICES, "pipelined", seed, SCALE),
+        "barrier": best_layout(DEVICES, "barrier", seed, SCALE),
+        "equal": separate(DEVICES, DEVICES // 2),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in layouts}
+    busy = 0.0
+    cluster = SleptCluster(max(layout.language + 2 * layout.encoders for layout in layouts.values()), SCALE)
+    try:
+        for turn in range(repeats):
+            for name in list(layouts) if turn % 2 == 0 else list(reversed(layouts)):
+                layout = layouts[name]
+                loads = draw_loads(seed + 1000 * turn, MICRO_BATCHES * layout.language)
+                found = cluster.run(layout, "pipelined" if name == "pipelined" else "barrier", loads)
+                rates[name].append(found.rate)
+                busy = max(busy, found.device_busy)
+    finally:
+        cluster.close()
+    facts = {
+        "devices": DEVICES,
+        "seconds_per_tflop": SCALE,
+        "largest_device_busy": busy,
+        "encoder_devices": {name: layout.encoders for name, layout in layouts.items()},
+    }
+    over = {name: [p / b for p, b in zip(rates["pipelined"], rates[name], strict=True)] for name in layouts}
+    return [
+        measured("pipelined_over_barrier", over["barrier"], unit="ratio", better="higher", goal=1.2, against=_BEST),
+        measured("over_equal_pools_barrier", over["equal"], unit="ratio", better="higher", goal=1.75, against=_EQUAL),
+        *(measured(f"{n}_micro_batches_per_s", r, unit="1/s", better="higher") for n, r in rates.items()),
+    ], facts
+
+
+_BEST = "barrier; each at its own best split of 32 simulated devices; slept loads of Table 2, equal work a replica"
+_EQUAL = "barrier with 16 encoder and 16 language devices; the same 32 devices"
+
+
+def real_figures(seed: int, rounds: int) -> list[Figure]:
+    """Both schedules on the stage that holds every modality, real mathematics."""
+    recipe = media_stage(load_recipe("tiny", [f"seed={seed}"]))
+    root = data_root(recipe)
+    feeder: Any = ray.remote(Feeder).options(num_cpus=0.1).remote(recipe, root, 0)
+    pools = start_pools(recipe, POOL_NAMES)
+    try:
+        rates = _alternate(recipe, pools, feeder, rounds)
+    finally:
+        for pool in pools.values():
+            pool.stop()
+        ray.kill(feeder)
+    ratios = [p / b for p, b in zip(rates["pipelined"], rates["barrier"], strict=True)]
+    against = "barrier; tiny recipe, real mathematics, one actor a pool"
+    return [
+        measured("pipelined_over_barrier_real", ratios, unit="ratio", better="higher", against=against),
+        measured("pipelined_steps_per_s_real", rates["pipelined"], unit="steps/s", better="higher"),
+        measured("barrier_steps_per_s_real", rates["barrier"], unit="steps/s", better="higher"),
+    ]
 
 
 def media_stage(recipe: Recipe) -> Recipe:

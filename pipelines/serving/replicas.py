@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ray.serve.config import RequestRouterConfig
 
 from actors.placement import actor_options
-from actors.pool import make_worker
+from actors.pool_actor import make_worker
 from actors.transport import pack, unpack
 from actors.worker import Rank
 from omni_ray.checkpoint.store import check_whole

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 import ray
 
-from actors.pool import Pool
+from actors.pool import Pool, wait_for
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.order_state import OrderState
 from omni_ray.observability.events import emit
-from omni_ray.training.data_position import guarantees, resumed_state
+from omni_ray.training.data_position import guarantees, position_record, resumed_state
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.errors import CheckpointError
 from pipelines.training.data_root import data_fingerprint, data_root
@@ -70,40 +71,107 @@ def resume_point(recipe: Recipe, out: Path, resume: bool) -> ResumePoint:
     return ResumePoint(step=int(state["step"]), checkpoint=newest, guarantees=guarantees(builder), order=order)
 
 
-def save_checkpoint(
-    recipe: Recipe, out: Path, step: int, pools: Mapping[str, Pool], position: Mapping[str, Any]
-) -> Path:
-    """Write the state after ``step`` steps: weights and optimizer of all pools, data position, recipe, versions.
+class CheckpointWriter:
+    """Writes checkpoints beside the training: every rank copies its state and writes its shard in a thread.
 
     Args:
-        recipe: The run.  out: Its folder.  step: Steps done.  pools: Whose weights.
-        position: Output of ``position_record`` there.
-
-    Raises:
-        CheckpointError: it cannot be written; earlier ones stay intact.
+        recipe: The run.  out: Its folder.  pools: The pools, by name; the mapping may change when actors are replaced.
+        rests_on: Output of ``guarantees``.
     """
+
+    def __init__(self, recipe: Recipe, out: Path, pools: Mapping[str, Pool], rests_on: Mapping[str, Any]) -> None:
+        self.recipe, self.pools, self.rests_on = recipe, pools, rests_on
+        self._position: Any = None
+        self.parent = out / "checkpoints"
+        self._step = -1
+        self._side: Path | None = None
+        self._started: list[Any] = []
+        self._asked: list[Any] = []
+        store.sweep(self.parent)
+
+    def begin(self, step: int, position: Any) -> None:
+        """Submit the writing of the state after ``step`` steps; an earlier one is finished first.
+
+        Args:
+            position: Handle of the data position there.
+
+        Raises:
+            CheckpointError: the folder cannot be made, or the earlier one failed.
+        """
+        self.finish()
+        self._side, self._step, self._position = store.open_side(self.parent, step), step, position
+        self._started = [ref for pool in self.pools.values() for ref in pool.all("start_saving", self._side)]
+
+    def poll(self, done: int) -> None:
+        """Make the checkpoint whole if every rank has written and its steps have ended well (``done`` of them).
+
+        Raises:
+            CheckpointError: a rank could not write; earlier checkpoints are intact.
+        """
+        if self._side is None or done < self._step:
+            return
+        if not self._asked:
+            self._asked = [ref for pool in self.pools.values() for ref in pool.all("saving_status")]
+        _, running = wait_for(self._asked, 0.0)
+        if running:
+            return
+        answers = ray.get(self._asked)
+        self._asked = []
+        if all(answer != "writing" for answer in answers):
+            self._complete(answers)
+
+    def finish(self) -> None:
+        """Wait for the one that is being written.
+
+        Raises:
+            CheckpointError: as :meth:`poll`.
+        """
+        if self._side is not None:
+            self._complete(ray.get([ref for pool in self.pools.values() for ref in pool.all("saving_status", True)]))
+
+    def abandon(self) -> None:
+        """Forget the one that is being written: a rank of it is gone."""
+        if self._side is not None:
+            shutil.rmtree(self._side, ignore_errors=True)
+        self._side, self._asked, self._started = None, [], []
+
+    def _complete(self, answers: Sequence[str]) -> None:
+        side, step = self._side, self._step
+        assert side is not None
+        try:
+            ray.get(self._started)
+            problems = [answer for answer in answers if answer != "done"]
+            if problems:
+                raise CheckpointError(
+                    f"checkpoint of step {step}: {problems[0]}; free space or choose another --out; "
+                    "earlier checkpoints are intact"
+                )
+            with store.written(self.parent, step):
+                write_run_state(self.recipe, side, step, position_record(ray.get(self._position), self.rests_on))
+                folder = store.complete(side, self.parent, step)
+        finally:
+            self.abandon()
+        store.prune(self.parent, self.recipe.checkpoint.keep)
+        emit("checkpoint", step=step, folder=str(folder))
+
+
+def write_run_state(recipe: Recipe, folder: Path, step: int, position: Mapping[str, Any]) -> None:
+    """Everything of a checkpoint that is no tensor: recipe, tokenizer, step, data position."""
     root = data_root(recipe)
-    parent = out / "checkpoints"
-    with store.writing(parent, step) as folder:
-        ray.get([pool.actors[0].invoke.remote("save", folder) for pool in pools.values()])
-        save_recipe(recipe, folder / "recipe.yaml")
-        (folder / "tokenizer.json").write_bytes((root / "tokenizer.json").read_bytes())
-        stage = recipe.stage_at(step - 1)[0].name if step else ""
-        store.write_state(
-            folder,
-            {
-                "step": step,
-                "stage": stage,
-                "order": position,
-                "seed": recipe.seed,
-                "recipe": recipe.numbers_fingerprint(),
-                "recipe_but_order": recipe.numbers_fingerprint(without=ORDER_KEYS),
-                "data": data_fingerprint(root),
-            },
-        )
-    store.prune(parent, recipe.checkpoint.keep)
-    emit("checkpoint", step=step, folder=str(parent / store.checkpoint_name(step)))
-    return parent / store.checkpoint_name(step)
+    save_recipe(recipe, folder / "recipe.yaml")
+    (folder / "tokenizer.json").write_bytes((root / "tokenizer.json").read_bytes())
+    store.write_state(
+        folder,
+        {
+            "step": step,
+            "stage": recipe.stage_at(step - 1)[0].name if step else "",
+            "order": position,
+            "seed": recipe.seed,
+            "recipe": recipe.numbers_fingerprint(),
+            "recipe_but_order": recipe.numbers_fingerprint(without=ORDER_KEYS),
+            "data": data_fingerprint(root),
+        },
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A training run: stages in order, steps two deep, checkpoints, stop signals, metrics."""
+"""A training run: stages in order, steps two deep, snapshots, checkpoints, recovery, stop signals, metrics."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,33 @@ import ray
 
 from actors.cluster import local_or_joined
 from actors.feeder import Feeder
-from actors.placement import POOL_NAMES
-from actors.pool import Pool, start_pools
+from actors.pool_actor import PoolActor
+from actors.supervisor import Named, Supervisor, is_alive
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.bad_samples import BadSamples
+from omni_ray.data.order_state import OrderState
 from omni_ray.observability.events import emit
 from omni_ray.observability.metrics import MetricsWriter
 from omni_ray.observability.progress import Progress
-from omni_ray.training.data_position import position_record
 from omni_ray.training.gap_measure import is_measured
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.batch import StepPlan
-from pipelines.training.checkpoint import ResumePoint, lock_run, resume_point, save_checkpoint
+from omni_ray.types.errors import CheckpointError, ResourceError
+from pipelines.training.checkpoint import CheckpointWriter, ResumePoint, lock_run, resume_point
 from pipelines.training.data_root import data_root
 from pipelines.training.gap_watch import GapWatch
+from pipelines.training.plan_log import PlanLog
 from pipelines.training.step import StepDriver, StepHandles, StepResult
+from pipelines.training.timeline import usage, write_timeline
+from pipelines.training.waiting import StuckError
 
 IN_FLIGHT = 2
 """Steps submitted at a time; the second hides the driver's own time, results do not depend on it."""
+MAX_RECOVERIES = 3
+"""Recoveries in a row without a step between them; then the fault is not a lost actor's."""
+FEEDER: Named = ("feeder", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +59,28 @@ class TrainResult:
     """False when a stop signal ended it early; resume with ``--resume``."""
     seconds: float
     """Wall time of this call."""
+    usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Busy, transfer and waiting share of every pool."""
+    recoveries: int = 0
+    """How often lost actors were replaced."""
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, quiet: bool = False) -> TrainResult:
+def train(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    timeline: Path | None = None,
+    actor: type = PoolActor,
+    feeder: type = Feeder,
+) -> TrainResult:
     """Run a recipe's curriculum.
 
     Args:
         recipe: The run.  out: Folder for checkpoints, metrics.jsonl, plans.jsonl and tensorboard/.
         resume: Continue from the newest whole checkpoint of ``out``; without one, start.  quiet: No progress line.
+        timeline: File for the newest spans of every actor, for Perfetto.
+        actor, feeder: Classes of the pools' actors and of the feeder's.
 
     Raises:
         CheckpointError: ``out`` holds another run's checkpoints, or another process writes there.
@@ -75,10 +96,14 @@ def train(recipe: Recipe, out: Path, resume: bool = False, quiet: bool = False) 
         save_recipe(recipe, out / "recipe.yaml")
         stack.enter_context(local_or_joined())
         stop = stack.enter_context(stop_signals())  # after ray.init, which sets a SIGTERM handler of its own
-        run = _Run(recipe, out, root, point, quiet)
+        run = _Run(recipe, out, root, point, quiet, (actor, feeder))
         stack.callback(run.close)
+        began = time.monotonic()
         done = run.steps(stop)
-    return _result(out, done, recipe, started)
+        found = usage(run.supervisor.pools, time.monotonic() - began)
+        if timeline is not None:
+            write_timeline(run.supervisor.pools, timeline)
+    return _result(out, done, recipe, started, found, run.recoveries)
 
 
 def plan(recipe: Recipe, steps: int = 1) -> list[StepPlan]:
@@ -90,49 +115,146 @@ def plan(recipe: Recipe, steps: int = 1) -> list[StepPlan]:
 class _Run:
     """Pools, feeder and writers of one call of :func:`train`."""
 
-    def __init__(self, recipe: Recipe, out: Path, root: Path, point: ResumePoint, quiet: bool) -> None:
-        first, checkpoint = point.step, point.checkpoint
-        self.recipe, self.out, self.first, self.guarantees = recipe, out, first, point.guarantees
+    def __init__(
+        self, recipe: Recipe, out: Path, root: Path, point: ResumePoint, quiet: bool, classes: tuple[type, type]
+    ) -> None:
+        self.recipe, self.out, self.root, self.point = recipe, out, root, point
+        first = point.step
+        actor, self._feeder_class = classes
         emit("train_start", out=str(out), first_step=first, steps=recipe.total_steps)
-        self.pools: dict[str, Pool] = {}
-        feeder: Any = ray.remote(Feeder)
-        self.feeder: Any = feeder.options(num_cpus=0.1).remote(recipe, root, first, point.order)
-        if not is_measured(recipe, first):
-            self.next_plan: Any = self.feeder.plan.remote(first)  # data starts while the pools import torch
-        self.pools = start_pools(recipe, POOL_NAMES, checkpoint)
-        self.driver = StepDriver(recipe, self.pools, self.feeder)
-        self.gap = GapWatch(recipe, self.pools, self.feeder, point.order.factors if point.order else {})
+        self._order: tuple[int, OrderState | None] = (first, point.order)
+        self._positions: dict[int, Any] = {}
+        self._start_feeder(first, point.order)  # data starts while the pools import torch
+        try:
+            self.supervisor = Supervisor(recipe, point.checkpoint, actor)
+        except BaseException:
+            ray.kill(self.feeder)
+            raise
+        self.driver = StepDriver(recipe, self.supervisor.pools, self.feeder)
+        self.checkpoints = CheckpointWriter(recipe, out, self.supervisor.pools, point.guarantees)
+        self.gap = GapWatch(recipe, self.supervisor.pools, self.feeder, factors_of(point.order))
         self.metrics = MetricsWriter(out, first_step=first)
-        self.plans = (out / "plans.jsonl").open("a", encoding="utf-8")
+        self.plans = PlanLog(out / "plans.jsonl", first)
         self.progress = Progress("train", recipe.total_steps, done=first) if not quiet else None
         self.bad, self.clock = BadSamples(recipe.data.max_bad_fraction), time.monotonic()
+        self.flying: deque[StepHandles] = deque()
+        self.entered, self.ended = -1, first
+        self.recoveries, self._in_a_row = 0, 0
+
+    def _start_feeder(self, first: int, order: OrderState | None) -> None:
+        feeder: Any = ray.remote(self._feeder_class)
+        self.feeder: Any = feeder.options(num_cpus=0.1).remote(self.recipe, self.root, first, order)
+        if not is_measured(self.recipe, first):
+            self.next_plan: Any = self.feeder.plan.remote(first)
 
     def steps(self, stop: threading.Event) -> int:
-        """Run to the end or to a stop signal; returns the number of steps done, all of them checkpointed."""
-        recipe, flying = self.recipe, deque[StepHandles]()
-        entered = -1
-        done = self.first
-        for step in range(self.first, recipe.total_steps):
+        """Run to the end or to a stop signal; returns the number of steps done, all of them checkpointed.
+
+        Raises:
+            ResourceError: actors are lost again and again.
+        """
+        first = self.ended
+        while True:
+            try:
+                self.supervisor.snapshot(first)
+                return self._steps_from(first, stop)
+            except (ray.exceptions.RayError, StuckError) as problem:
+                first = self._recover(problem)
+
+    def _steps_from(self, first: int, stop: threading.Event) -> int:
+        recipe = self.recipe
+        for step in range(first, recipe.total_steps):
             index = recipe.stages.index(recipe.stage_at(step)[0])
-            if index != entered:
-                self._drain(flying)
+            if index != self.entered:
+                self._drain()
                 self.driver.enter_stage(index)
-                entered = index
+                self.entered = index
             if self.gap.due(step):
-                self._drain(flying)
+                self._drain()
                 self.gap.update(step)
                 self.next_plan = self.feeder.plan.remote(step)
-            flying.append(self.driver.submit(self._plan(step)))
-            while len(flying) >= IN_FLIGHT:
-                self._report(self.driver.collect(flying.popleft()))
+            self.flying.append(self.driver.submit(self._plan(step)))
             done = step + 1
-            if stop.is_set() or done % recipe.checkpoint.every_steps == 0 or done == recipe.total_steps:
-                self._drain(flying)
-                save_checkpoint(recipe, self.out, done, self.pools, self._position(done))
-                if stop.is_set():
-                    break
-        self._drain(flying)
-        return done
+            last = stop.is_set() or done == recipe.total_steps
+            if done % recipe.checkpoint.snapshot_every == 0 and not last:
+                self.supervisor.snapshot(done)
+                self._positions[done] = self.feeder.position.remote(done)
+            if done % recipe.checkpoint.every_steps == 0 and not last:
+                self._tolerated(self.checkpoints.begin, done, self.feeder.position.remote(done))
+            while len(self.flying) >= IN_FLIGHT:
+                self._collect()
+            if last:
+                self._drain()
+                self._tolerated(self.checkpoints.finish)
+                self.checkpoints.begin(done, self.feeder.position.remote(done))
+                self.checkpoints.finish()
+                return done
+        return self.ended
+
+    def _tolerated(self, action: Callable[..., None], *args: Any) -> None:
+        """A checkpoint that fails while the run goes on is told, not fatal: stopping would lose the work since."""
+        try:
+            action(*args)
+        except CheckpointError as problem:
+            emit("checkpoint_failed", problem=str(problem))
+
+    def _recover(self, problem: Exception) -> int:
+        """Replace whoever is gone; returns the step to go on from, or raises the problem if nobody is."""
+        while True:
+            self._in_a_row += 1
+            if self._in_a_row > MAX_RECOVERIES:
+                raise ResourceError(
+                    f"actors were lost {MAX_RECOVERIES} times in a row without a step between; the newest reason: "
+                    f"{str(problem).splitlines()[0]}; look at the workers' logs (memory?) and resume with --resume"
+                ) from problem
+            try:
+                return self._recover_once(problem)
+            except ray.exceptions.RayError as again:
+                if again is problem:
+                    raise
+                problem = again
+
+    def _recover_once(self, problem: Exception) -> int:
+        self.flying.clear()
+        self.checkpoints.abandon()
+        suspects = problem.ranks if isinstance(problem, StuckError) else ()
+        if FEEDER in suspects:
+            ray.kill(self.feeder)
+        gone = self.supervisor.missing([who for who in suspects if who != FEEDER])
+        feeder_lost = FEEDER in suspects or not is_alive(self.feeder, self.recipe.schedule.timeout_s, "forget", 0)
+        if not gone and not feeder_lost:
+            raise problem
+        emit("lost", pools=", ".join(f"{name} rank {rank}" for name, rank in gone), feeder=feeder_lost)
+        kept = self.supervisor.confirmed
+        fallback, order = self._fallback()
+        step = self.supervisor.recover(gone, fallback, self.ended)
+        if step != kept:
+            self._order = (step, order)
+        self._positions.clear()
+        if feeder_lost or step != kept or self.gap.references:  # weights of a measured mixture go back, too
+            ray.kill(self.feeder)
+            self._start_feeder(*self._order)
+            self.driver.feeder = self.gap.feeder = self.feeder
+            self.gap.factors = factors_of(self._order[1])
+        else:
+            self.next_plan = self.feeder.plan.remote(step)
+        self.supervisor.keep_spares()
+        self.entered, self.ended = -1, step
+        self.recoveries += 1
+        self.metrics.close()
+        self.metrics = MetricsWriter(self.out, first_step=step)
+        if self.progress is not None:
+            self.progress.rewind(step)
+        self.driver.enter_stage(self.recipe.stages.index(self.recipe.stage_at(step)[0]))
+        return step
+
+    def _fallback(self) -> tuple[tuple[int, Path | None], OrderState | None]:
+        """Where to go back to without snapshots: (step, folder), and the data position there."""
+        newest = store.newest(self.out / "checkpoints")
+        if newest is None:
+            return (self.point.step, self.point.checkpoint), self.point.order
+        state = store.read_state(newest)
+        return (int(state["step"]), newest), OrderState.from_record(state["order"])
 
     def close(self) -> None:
         """Stop what this run started."""
@@ -140,27 +262,42 @@ class _Run:
             self.progress.close()
         self.metrics.close()
         self.plans.close()
-        for pool in self.pools.values():
-            pool.stop()
+        self.supervisor.close()
         ray.kill(self.feeder)
 
     def _plan(self, step: int) -> Any:
-        plan, bad = ray.get(self.next_plan)
+        plan, bad = ray.get(self.next_plan, timeout=self.recipe.schedule.timeout_s)
         if step + 1 < self.recipe.total_steps and not self.gap.due(step + 1):
             self.next_plan = self.feeder.plan.remote(step + 1)
-        self.plans.write(plan.to_json() + "\n")
+        if not self.plans.write(plan):
+            return plan  # a replay: its bad samples are counted already
         self.bad.add((name for batch in plan.micro_batches for name in batch.samples), bad)
         for sentence in bad:
             emit("bad_sample", step=step, sample=sentence)
         self.bad.check()
         return plan
 
-    def _position(self, step: int) -> dict[str, Any]:
-        return position_record(ray.get(self.feeder.position.remote(step)), self.guarantees)
+    def _drain(self) -> None:
+        while self.flying:
+            self._collect()
 
-    def _drain(self, flying: deque[StepHandles]) -> None:
-        while flying:
-            self._report(self.driver.collect(flying.popleft()))
+    def _collect(self) -> None:
+        """Wait for the oldest step, then note what became whole with it."""
+        result = self.driver.collect(self.flying[0])
+        self.flying.popleft()
+        self.ended = result.step + 1
+        self._in_a_row = 0
+        self._report(result)
+        before = self.supervisor.confirmed
+        self.supervisor.confirm(self.ended)
+        confirmed = self.supervisor.confirmed
+        if confirmed > before:
+            if confirmed in self._positions:
+                self._order = (confirmed, ray.get(self._positions.pop(confirmed)))
+            self.feeder.forget.remote(confirmed)
+            self.plans.forget(confirmed)
+        self._tolerated(self.checkpoints.poll, self.ended)
+        self.supervisor.keep_spares()
 
     def _report(self, result: StepResult) -> None:
         now = time.monotonic()
@@ -171,12 +308,18 @@ class _Run:
             "rows_per_s": result.rows / seconds,
             "experts_per_token": result.experts_per_token,
         }
+        figures |= {f"bridge/{hop}_bytes": count for hop, count in result.bytes_by_hop.items()}
         self.metrics.write(result.step, figures, stage=result.stage, stepped=result.stepped, seconds=seconds)
         if not result.stepped:
             emit("step_skipped", step=result.step, norm=result.norm)
         if self.progress is not None:
             shown: dict[str, Any] = {term: value for term, value in result.losses.items() if term != "pad_text"}
             self.progress.advance(stage=result.stage, **shown)
+
+
+def factors_of(order: OrderState | None) -> dict[str, float]:
+    """Measured weights of a data position."""
+    return dict(order.factors) if order is not None else {}
 
 
 @contextmanager
@@ -199,11 +342,20 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _result(out: Path, step: int, recipe: Recipe, started: float) -> TrainResult:
+def _result(
+    out: Path,
+    step: int,
+    recipe: Recipe,
+    started: float,
+    found: Mapping[str, Mapping[str, float]] | None = None,
+    recoveries: int = 0,
+) -> TrainResult:
     return TrainResult(
         out=out,
         checkpoint=store.newest(out / "checkpoints"),
         step=step,
         finished=step >= recipe.total_steps,
         seconds=time.monotonic() - started,
+        usage=found or {},
+        recoveries=recoveries,
     )

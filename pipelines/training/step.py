@@ -6,8 +6,8 @@ calls first in, first out; a step may be submitted while the one before it still
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -16,11 +16,16 @@ from actors.feeder import PayloadKey
 from actors.pool import Pool
 from omni_ray.bridge.route import RouteTable
 from omni_ray.config.recipe import Recipe
+from omni_ray.observability.spans import span
 from omni_ray.schedule.order import Kind, call_order
 from omni_ray.training.loss import means
 from omni_ray.training.networks import POOLS
 from omni_ray.types.batch import StepPlan
-from omni_ray.types.modality import Modality
+from omni_ray.types.modality import FEATURE_MODALITIES, Modality
+from pipelines.training.waiting import Submitted, bounded_get, bounded_get_ready
+
+Sent = tuple[Modality, int, list[Any]]
+"""What an encoder rank sends or gets back: its modality, its rank, the pieces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,8 @@ class StepResult:
     """Packed rows of the step."""
     experts_per_token: float
     """Mean number of FFN experts a token used."""
+    bytes_by_hop: dict[str, int]
+    """Bytes of features and gradients that crossed the bridge, by ``from>to``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +60,26 @@ class StepHandles:
     """One handle a language rank: (sums, expert counts)."""
     steps: list[Any]
     """One handle an actor: (norm, made)."""
-    rest: list[Any]
-    """Handles that only need to end well."""
+    calls: list[Submitted]
+    """Everything submitted, in order; all of it must end well."""
+    live: Mapping[str, bool]
+    """Which pools train."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step while it is submitted."""
+
+    plan: StepPlan
+    routes: RouteTable
+    payloads: dict[PayloadKey, Any] = field(default_factory=dict)
+    features: dict[int, list[Sent]] = field(default_factory=dict)
+    gradients: dict[int, list[Sent]] = field(default_factory=dict)
+    tokens: list[Any] = field(default_factory=list)
+    """Language calls' tokens, in order: the credits of frozen encoders."""
+    encoded: int = 0
+    """Micro-batches whose encoding was submitted."""
+    calls: list[Submitted] = field(default_factory=list)
 
 
 class StepDriver:
@@ -65,6 +90,13 @@ class StepDriver:
         self.pools = pools
         self.feeder = feeder
         self.live: dict[str, bool] = {}
+        self.probe: Callable[[int], None] | None = None
+        """Called with the step's number when its gradient is closed and not yet applied: a place to look at it."""
+
+    @property
+    def window(self) -> int:
+        """Micro-batches that encoders run ahead: the recipe's window for every language rank."""
+        return self.recipe.schedule.window * len(self.pools["language"])
 
     def enter_stage(self, index: int) -> None:
         """Tell every pool which stage runs; waits, since later submissions depend on who trains."""
@@ -73,32 +105,33 @@ class StepDriver:
 
     def submit(self, plan: StepPlan) -> StepHandles:
         """Submit a whole step."""
-        routes = RouteTable.of(plan)
-        payloads = self._payloads(plan, routes)
-        features: dict[int, list[tuple[Modality, int, list[Any]]]] = {}
-        gradients: dict[int, list[tuple[Modality, int, list[Any]]]] = {}
-        rest: list[Any] = []
-        schedule = self.recipe.schedule
-        for call in call_order(schedule.kind, plan.order, schedule.window):
-            index = call.micro_batch
-            if call.kind == Kind.ENCODE:
-                features[index] = self._encode(index, routes, payloads)
-            elif call.kind == Kind.LANGUAGE:
-                gradients[index] = self._language(plan, index, features.pop(index), payloads)
-            elif call.kind == Kind.ENCODER_BACKWARD:
-                rest += self._backward(index, gradients.pop(index))
-            else:
-                waiting = [
-                    ref for sent in (*features.values(), *gradients.values()) for _, _, refs in sent for ref in refs
-                ]
-                ray.wait(waiting + rest, num_returns=len(waiting + rest), fetch_local=False) if waiting + rest else None
-        return self._close(plan, rest)
+        with span("submit", step=plan.step):
+            step = _Step(plan=plan, routes=RouteTable.of(plan))
+            self._ask_payloads(step)
+            for call in call_order(self.recipe.schedule.kind, plan.order, self.window):
+                if call.kind == Kind.ENCODE:
+                    self._encode(step, call.micro_batch)
+                elif call.kind == Kind.LANGUAGE:
+                    self._language(step, call.micro_batch)
+                elif call.kind == Kind.ENCODER_BACKWARD:
+                    self._backward(step, call.micro_batch)
+                else:
+                    self._barrier(step)
+            return self._close(step)
 
     def collect(self, handles: StepHandles) -> StepResult:
-        """Wait for a step and read its figures."""
-        ray.get(handles.rest)
-        statistics = ray.get(handles.statistics)
-        norms = ray.get(handles.steps)
+        """Wait for a step and read its figures.
+
+        Raises:
+            StuckError: no call ended for ``schedule.timeout_s``.
+        """
+        with span("collect", step=handles.plan.step):
+            ends = [call.refs[0] for call in handles.calls if call.phase in ("encoder_backward", "language", "balance")]
+            limit, step = self.recipe.schedule.timeout_s, handles.plan.step
+            wanted = [*handles.statistics, *handles.steps, *ends]
+            values = bounded_get(wanted, handles.calls, limit, step)
+        statistics = values[: len(handles.statistics)]
+        norms = values[len(statistics) : len(statistics) + len(handles.steps)]
         sums = sum(part[0] for part in statistics)
         experts = sum(part[1] for part in statistics)
         language = self.recipe.networks.language
@@ -111,82 +144,105 @@ class StepDriver:
             stepped=all(made for _, made in norms),
             rows=handles.plan.counts["rows"],
             experts_per_token=float(experts[:, : language.n_routed_experts].sum()) / assigned * language.moe_topk,
+            bytes_by_hop=bytes_by_hop(handles.plan, handles.live, language.hidden_size),
         )
 
-    def _payloads(self, plan: StepPlan, routes: RouteTable) -> dict[PayloadKey, Any]:
+    def _ask_payloads(self, step: _Step) -> None:
         keys: list[PayloadKey] = []
-        for batch in plan.micro_batches:
+        for batch in step.plan.micro_batches:
             keys.append(("rows", batch.index, 0))
             for modality in Modality:
-                keys += [(modality.value, batch.index, rank) for rank in routes.ranks(batch.index, modality)]
-        refs = self.feeder.payloads.options(num_returns=len(keys)).remote(plan.step, keys)
-        return dict(zip(keys, refs if len(keys) > 1 else [refs], strict=True))
+                keys += [(modality.value, batch.index, rank) for rank in step.routes.ranks(batch.index, modality)]
+        refs = self.feeder.payloads.options(num_returns=len(keys)).remote(step.plan.step, keys)
+        refs = refs if len(keys) > 1 else [refs]
+        step.payloads = dict(zip(keys, refs, strict=True))
+        step.calls.append(Submitted("feeder", 0, "payloads", -1, tuple(refs)))
 
-    def _encode(
-        self, index: int, routes: RouteTable, payloads: Mapping[PayloadKey, Any]
-    ) -> list[tuple[Modality, int, list[Any]]]:
-        sent = []
+    def _encode(self, step: _Step, index: int) -> None:
+        step.features[index] = []
+        behind = step.encoded - self.window
+        step.encoded += 1
         for modality in Modality:
-            for rank in routes.ranks(index, modality):
+            # An encoder that trains is held back by its own backward calls; a frozen one needs a credit.
+            pipelined = self.recipe.schedule.kind == "pipelined"
+            credit = step.tokens[behind] if pipelined and behind >= 0 and not self.live[modality.value] else None
+            for rank in step.routes.ranks(index, modality):
                 chunks = 1 if modality == Modality.SPEECH else self.recipe.schedule.num_chunks
-                refs = (
-                    self.pools[modality.value]
-                    .actors[rank]
-                    .encode.options(num_returns=chunks)
-                    .remote(index, routes.select(index, modality, rank), chunks, payloads[modality.value, index, rank])
-                )
-                sent.append((modality, rank, refs if chunks > 1 else [refs]))
-        return sent
+                actor = self.pools[modality.value].actors[rank]
+                payload = step.payloads[modality.value, index, rank]
+                items = step.routes.select(index, modality, rank)
+                refs = actor.encode.options(num_returns=chunks).remote(index, items, chunks, credit, payload)
+                refs = refs if chunks > 1 else [refs]
+                step.features[index].append((modality, rank, refs))
+                needs = (payload,) if credit is None else (payload, credit)
+                step.calls.append(Submitted(modality.value, rank, "encode", index, tuple(refs), needs))
 
-    def _language(
-        self,
-        plan: StepPlan,
-        index: int,
-        sent: list[tuple[Modality, int, list[Any]]],
-        payloads: Mapping[PayloadKey, Any],
-    ) -> list[tuple[Modality, int, list[Any]]]:
-        wanted = [m for m in (Modality.VISION, Modality.AUDIO) if self.live[m.value]]
+    def _language(self, step: _Step, index: int) -> None:
+        sent = step.features.pop(index)
+        wanted = [m for m in FEATURE_MODALITIES if self.live[m.value]]
         chunks = self.recipe.schedule.num_chunks
         back = [(modality, rank) for modality, rank, _ in sent if modality in wanted]
-        returns = max(1, len(back) * chunks)
-        actor = self.pools["language"].actors[plan.micro_batches[index].language_rank]
-        refs = actor.language.options(num_returns=returns).remote(
-            index,
-            payloads["rows", index, 0],
-            [(modality, len(pieces)) for modality, _, pieces in sent],
-            wanted,
-            *[ref for _, _, pieces in sent for ref in pieces],
-        )
-        refs = refs if returns > 1 else [refs]
-        gradients = [(m, rank, refs[k * chunks : (k + 1) * chunks]) for k, (m, rank) in enumerate(back)]
-        # A micro-batch without trainable media still has a handle to wait for.
-        return gradients or [(Modality.SPEECH, -1, refs)]
+        rank = step.plan.micro_batches[index].language_rank
+        pieces = [ref for _, _, refs in sent for ref in refs]
+        payload = step.payloads["rows", index, 0]
+        layout = [(modality, len(refs)) for modality, _, refs in sent]
+        actor = self.pools["language"].actors[rank]
+        returns = 1 + len(back) * chunks
+        out = actor.language.options(num_returns=returns).remote(index, payload, layout, wanted, *pieces)
+        token, *refs = out if returns > 1 else [out]
+        step.tokens.append(token)
+        step.gradients[index] = [(m, r, refs[k * chunks : (k + 1) * chunks]) for k, (m, r) in enumerate(back)]
+        step.calls.append(Submitted("language", rank, "language", index, (token, *refs), (payload, *pieces)))
 
-    def _backward(self, index: int, gradients: list[tuple[Modality, int, list[Any]]]) -> list[Any]:
-        rest: list[Any] = []
-        for modality, rank, refs in gradients:
-            if rank < 0:
-                rest += refs
-            else:
-                rest.append(self.pools[modality.value].actors[rank].encoder_backward.remote(index, *refs))
-        return rest
+    def _backward(self, step: _Step, index: int) -> None:
+        for modality, rank, refs in step.gradients.pop(index):
+            done = self.pools[modality.value].actors[rank].encoder_backward.remote(index, *refs)
+            step.calls.append(Submitted(modality.value, rank, "encoder_backward", index, (done,), tuple(refs)))
 
-    def _close(self, plan: StepPlan, rest: list[Any]) -> StepHandles:
+    def _barrier(self, step: _Step) -> None:
+        last = [call.refs[0] for call in step.calls if call.phase != "payloads"]
+        bounded_get_ready(last, step.calls, self.recipe.schedule.timeout_s, step.plan.step)
+
+    def _close(self, step: _Step) -> StepHandles:
         """Gradient sums, one global norm, optimizer steps in every pool at once."""
         norms = []
-        for name in POOLS:
-            pool = self.pools.get(name)
-            if pool is not None and self.live[name]:
-                terms = pool.all("give_terms") if len(pool) > 1 else []
-                finished = [actor.finish.remote(*terms) for actor in pool.actors]
-                norms.append(finished)
-        gathered = [ranks[0] for ranks in norms]
+        training = [name for name in POOLS if name in self.pools and self.live[name]]
+        for name in training:
+            pool = self.pools[name]
+            exchange = len(pool) > 1 and self.recipe.schedule.reduce == "ordered"
+            terms = pool.all("give_terms") if exchange else []
+            for rank, ref in enumerate(terms):
+                step.calls.append(Submitted(name, rank, "give_terms", -1, (ref,)))
+            finished = [actor.finish.remote(*terms) for actor in pool.actors]
+            for rank, ref in enumerate(finished):
+                step.calls.append(Submitted(name, rank, "finish", -1, (ref,), tuple(terms)))
+            norms.append(finished[0])
+        if self.probe is not None:
+            self.probe(step.plan.step)
         steps = []
-        for name in POOLS:
-            if name in self.pools and self.live[name]:
-                steps += [actor.step.remote(plan.step, *gathered) for actor in self.pools[name].actors]
+        for name in training:
+            for rank, actor in enumerate(self.pools[name].actors):
+                made = actor.step.remote(step.plan.step, *norms)
+                steps.append(made)
+                step.calls.append(Submitted(name, rank, "step", -1, (made,), tuple(norms)))
         language = self.pools["language"]
         statistics = language.all("take_statistics")
+        for rank, ref in enumerate(statistics):
+            step.calls.append(Submitted("language", rank, "take_statistics", -1, (ref,)))
         if self.live["language"]:
-            rest = rest + [actor.balance.remote(plan.step, *statistics) for actor in language.actors]
-        return StepHandles(plan=plan, statistics=statistics, steps=steps, rest=rest)
+            for rank, actor in enumerate(language.actors):
+                moved = actor.balance.remote(step.plan.step, steps[0], *statistics)
+                step.calls.append(Submitted("language", rank, "balance", -1, (moved,), (steps[0], *statistics)))
+        return StepHandles(plan=step.plan, statistics=statistics, steps=steps, calls=step.calls, live=dict(self.live))
+
+
+def bytes_by_hop(plan: StepPlan, live: Mapping[str, bool], hidden: int) -> dict[str, int]:
+    """Payload of the bridge in a step, fp32: features to the language pool, gradients back to pools that train."""
+    hops: dict[str, int] = {}
+    for modality in FEATURE_MODALITIES:
+        rows = sum(item.length for item in plan.items if item.modality == modality)
+        if rows:
+            hops[f"{modality.value}>language"] = rows * hidden * 4
+            if live[modality.value]:
+                hops[f"language>{modality.value}"] = rows * hidden * 4
+    return hops

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mini_world import mini_recipe, write_components, write_world
 
-from actors.pool import make_worker
+from actors.pool_actor import make_worker
 from actors.worker import Rank
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.networks import POOLS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_ray.balance.dispatch import assign, light_ends
+from omni_ray.balance.dispatch import assign, deal, light_ends
 
 COSTS = st.lists(st.floats(0.1, 100.0), max_size=60)
 
@@ -31,3 +31,25 @@ def test_light_micro_batches_stand_at_the_ends(costs: list[float]) -> None:
     if len(costs) >= 3:
         inner = min(costs[i] for i in order[1:-1])
         assert max(costs[order[0]], costs[order[-1]]) <= inner
+
+
+@given(st.lists(st.floats(0.1, 100), max_size=60), st.integers(1, 9))
+def test_deal_gives_every_rank_one_of_each_block(costs: list[float], ranks: int) -> None:
+    chosen = deal(costs, ranks)
+    for start in range(0, len(costs), ranks):
+        block = chosen[start : start + ranks]
+        assert len(set(block)) == len(block)
+    loads = [sum(c for c, r in zip(costs, chosen, strict=True) if r == rank) for rank in range(ranks)]
+    if len(costs) % ranks == 0 and costs:
+        assert max(loads) - min(loads) <= max(costs) - min(costs) + 1e-6
+
+
+@given(st.lists(st.floats(0, 100), max_size=60))
+def test_light_ends_is_an_order_with_the_lightest_outside(costs: list[float]) -> None:
+    order = light_ends(costs)
+    assert sorted(order) == list(range(len(costs)))
+    if len(costs) >= 3:
+        ends = max(1, len(costs) // 8)
+        outside = [costs[i] for i in (*order[:ends], *order[-ends:])]
+        assert max(outside) <= min([costs[i] for i in order[ends:-ends]], default=100.0)
+        assert costs[order[0]] == min(costs)

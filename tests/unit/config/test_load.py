@@ -14,10 +14,9 @@ REFUSED = {
     "stagez=1": "unknown key 'stagez'; the nearest known key is 'stages'",
     "stages.0.lr.peek=1": "unknown key 'stages.0.lr.peek'; the nearest known key is 'peak'",
     "pools.language.cp=2": "pools.language.actors is 1, yet dp x cp x pp is 1 x 2 x 1; set actors to their product",
-    "placement=colocate": "placement is colocate, which is not built yet in this version; choose separate",
     "pools.language.backend=deepspeed": "pools.language.backend is deepspeed, which is not built yet",
     "pools.vision.shard=hsdp": "pools.vision.shard is hsdp, which is not built yet in this version; choose none",
-    "schedule.reduce=fast": "schedule.reduce is fast, which is not built yet in this version; choose ordered",
+    "schedule.reduce=quick": "schedule.reduce is 'quick'; input should be 'ordered' or 'fast'",
     "schedule.window=0": "schedule.window is 0; input should be greater than 0",
     "seed": "--set 'seed' is not of the form a.b=value",
     "stages.S9.steps=1": "'S9' is neither a name nor a number below",
@@ -30,6 +29,14 @@ def test_refusals_name_the_thing_and_the_mend(word: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("tiny", [word])
     assert REFUSED[word] in str(caught.value)
+
+
+def test_colocated_encoders_stand_on_every_device() -> None:
+    sizes = ["pools.vision.actors=4", "pools.audio.actors=4", "pools.language.actors=2"]
+    assert load_recipe("tiny", ["placement=colocate", *sizes]).inner_dp == 2
+    assert load_recipe("tiny", sizes).inner_dp == 1
+    with pytest.raises(ConfigError, match="placement is colocate with vision 3, audio 4 and language 2 actors; enc"):
+        load_recipe("tiny", ["placement=colocate", *sizes, "pools.vision.actors=3"])
 
 
 def test_overrides_reach_their_place() -> None:

@@ -1,0 +1,235 @@
+"""Supervision: pools that lose an actor are rebuilt and all pools rewind together.
+
+The state after a step is kept three times: by every rank in its own process, and by an actor of another pool for the
+pool's first rank (on another node where there is one); checkpoints on disk are the third.  When an actor dies, a warm
+spare takes its rank, every pool goes back to the newest snapshot that all of them confirmed, and the steps since run
+again from the recorded plans: the same calls in the same order, so the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.placement import POOL_NAMES, Places, await_room, pool_config
+from actors.pool import START_TIMEOUT_S, build_pools, join_groups, start_actor, start_pools, wait_for
+from actors.pool_actor import PoolActor
+from actors.worker import Rank
+from omni_ray.config.recipe import Recipe
+from omni_ray.observability.events import emit
+from omni_ray.training.networks import POOLS
+from omni_ray.types.errors import ResourceError
+
+Named = tuple[str, int]
+"""Pool and rank."""
+SPARE_PATIENCE_S = 15.0
+"""Longest wait for a spare that still imports torch, or that no node has room for."""
+
+
+class Supervisor:
+    """Owns the pools of a run, their snapshots and the spares.
+
+    Args:
+        recipe: The run.  resume_from: Checkpoint folder that the run began with, or None.
+        actor: Class of the actors (a bench puts in one that can be told to die).
+    """
+
+    def __init__(self, recipe: Recipe, resume_from: Path | None = None, actor: type = PoolActor) -> None:
+        self.recipe, self.resume_from, self._actor = recipe, resume_from, actor
+        await_room(recipe)
+        self.places = Places(recipe)
+        try:
+            self.pools = start_pools(recipe, POOL_NAMES, resume_from, self.places, actor)
+        except BaseException:
+            self.places.close()
+            raise
+        self.spares: dict[str, list[Any]] = {}
+        self.confirmed = -1
+        """Step of the newest snapshot that every pool has; -1 before the first."""
+        self._pending: list[tuple[int, list[Any]]] = []
+        self._holders: dict[str, Named] = {}
+        self._nodes: dict[Named, str] = {}
+
+    # --- snapshots ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self, step: int) -> None:
+        """Submit copies of the state after ``step`` steps; they stand in the actors' queues behind those steps."""
+        if not self._holders:
+            self._choose_holders()
+        waiting = [ref for name in POOLS for ref in self.pools[name].all("keep_snapshot", step)]
+        given = {name: self.pools[name].actors[0].invoke.remote("give_snapshot", step) for name in POOLS}
+        for name, (pool, rank) in self._holders.items():
+            waiting.append(self.pools[pool].actors[rank].hold.remote(name, step, given[name]))
+        self._pending.append((step, waiting))
+
+    def confirm(self, done: int) -> None:
+        """Note which snapshots are whole; ``done`` steps have ended well."""
+        while self._pending and self._pending[0][0] <= done:
+            step, refs = self._pending[0]
+            # They stand right behind the step's own calls, so this wait is short; without it the step's work could be
+            # lost although the step has ended.
+            ray.get(refs, timeout=self.recipe.schedule.timeout_s)
+            self._pending.pop(0)
+            self.confirmed = step
+            for name in POOLS:
+                self.pools[name].all("drop_snapshots", step)
+            for pool, rank in set(self._holders.values()):
+                self.pools[pool].actors[rank].drop_held.remote(step)
+
+    def _choose_holders(self) -> None:
+        """Who keeps whose snapshot: an actor of another pool, on another node where there is one."""
+        named = [(name, rank) for name in POOL_NAMES for rank in range(len(self.pools[name]))]
+        places = ray.get([self.pools[name].actors[rank].where.remote() for name, rank in named])
+        self._nodes = {who: node for who, (node, _, _) in zip(named, places, strict=True)}
+        for place, name in enumerate(POOLS):
+            order = POOLS[place + 1 :] + POOLS[:place]
+            others = [(pool, rank) for pool in order for rank in range(len(self.pools[pool]))]
+            elsewhere = [who for who in others if self._nodes[who] != self._nodes[name, 0]]
+            self._holders[name] = (elsewhere or others)[0]
+
+    # --- spares ------------------------------------------------------------------------------------------------------
+
+    def keep_spares(self) -> None:
+        """Start the spares that are missing; returns at once."""
+        for name in ("", *POOL_NAMES):
+            wanted = pool_config(self.recipe, name).spares if name else self.recipe.pools.spares
+            ready = self.spares.setdefault(name, [])
+            while len(ready) < wanted:
+                ready.append(self._start_spare(name))
+
+    def _start_spare(self, name: str) -> Any:
+        options = self.places.options(name, 0) if name else {"num_cpus": 0}
+        options.pop("scheduling_strategy", None)
+        spare: Any = ray.remote(self._actor).options(**options).remote()
+        spare.warm.remote()
+        return spare
+
+    def _take_spare(self, name: str) -> Any | None:
+        resources = pool_config(self.recipe, name).resources
+        shared = [] if resources.gpu or resources.custom or self.recipe.placement == "colocate" else [""]
+        for kind in (name, *shared):
+            while self.spares.get(kind):
+                spare = self.spares[kind].pop(0)
+                if is_alive(spare, SPARE_PATIENCE_S):
+                    return spare
+                ray.kill(spare)
+        return None
+
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    def missing(self, suspects: Sequence[Named] = ()) -> list[Named]:
+        """Ranks whose actor is gone; suspects, and whoever does not answer within the time-out, are ended first."""
+        for name, rank in suspects:
+            ray.kill(self.pools[name].actors[rank])
+        named = [(name, rank) for name, pool in self.pools.items() for rank in range(len(pool))]
+        refs = [self.pools[name].actors[rank].where.remote() for name, rank in named]
+        _, silent = wait_for(refs, self.recipe.schedule.timeout_s)
+        gone = []
+        for who, ref in zip(named, refs, strict=True):
+            if ref in silent:
+                ray.kill(self.pools[who[0]].actors[who[1]])
+                gone.append(who)
+            elif not _ended_well(ref):
+                gone.append(who)
+        return gone
+
+    def recover(self, gone: Sequence[Named], fallback: tuple[int, Path | None], ended: int) -> int:
+        """Replace the ranks that are gone and rewind every pool.
+
+        Args:
+            gone: Output of :meth:`missing`.  fallback: Step and folder to go back to (None: the recipe's start) if
+                the snapshots are lost, too.  ended: Steps that had ended.
+        Returns:
+            The number of steps whose state every pool now has.
+        """
+        started = time.monotonic()
+        sources = {name: self._source(name, gone) for name in POOLS}
+        self._pending.clear()
+        for name, rank in gone:
+            self._replace(name, rank)
+        if self.confirmed >= 0 and all(source is not None for source in sources.values()):
+            step = self.confirmed
+            self._rewind(step, gone, sources)
+            join_groups(self.recipe, self.pools)
+        else:
+            step, folder = fallback
+            self.confirmed = -1
+            build_pools(self.recipe, self.pools, folder)
+        self._holders = {}
+        names = ", ".join(f"{name} rank {rank}" for name, rank in gone) or "the feeder"
+        seconds = time.monotonic() - started
+        emit("recovered", lost=names, step=step, lost_steps=ended - step, seconds=seconds)
+        return step
+
+    def _source(self, name: str, gone: Sequence[Named]) -> Named | None:
+        """Who can give a pool's snapshot: one of its own ranks, else its holder."""
+        own = [(name, rank) for rank in range(len(self.pools[name])) if (name, rank) not in gone]
+        holder = self._holders.get(name)
+        return own[0] if own else holder if holder is not None and holder not in gone else None
+
+    def _replace(self, name: str, rank: int) -> None:
+        ray.kill(self.pools[name].actors[rank])  # gone already, or cut off: it must not come back
+        spare = self._take_spare(name)
+        if spare is None:
+            fresh = start_actor(self.recipe, name, rank, self.places, self._actor)
+        else:
+            spare.adopt.remote(self.recipe, Rank(pool=name, rank=rank, ranks=len(self.pools[name])))
+            fresh = spare
+        actors = list(self.pools[name].actors)
+        actors[rank] = fresh
+        self.pools[name] = dataclasses.replace(self.pools[name], actors=tuple(actors))
+
+    def _rewind(self, step: int, gone: Sequence[Named], sources: dict[str, Named | None]) -> None:
+        waiting = []
+        for name, rank in gone:
+            actor = self.pools[name].actors[rank]
+            if name not in POOLS:
+                waiting.append(actor.invoke.remote(*(("load", self.resume_from) if self.resume_from else ("build",))))
+                continue
+            source = sources[name]
+            assert source is not None
+            giver = self.pools[source[0]].actors[source[1]]
+            own = source[0] == name
+            state = giver.invoke.remote("give_snapshot", step) if own else giver.held.remote(name, step)
+            actor.invoke.remote("build")
+            waiting.append(actor.invoke.remote("take_snapshot", step, state))
+        for name in POOLS:
+            for rank in range(len(self.pools[name])):
+                if (name, rank) not in gone:
+                    waiting.append(self.pools[name].actors[rank].invoke.remote("rewind", step))
+        try:
+            ray.get(waiting, timeout=START_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            raise ResourceError(
+                f"lost actors ({', '.join(f'{n} rank {r}' for n, r in gone)}) could not be replaced within "
+                f"{START_TIMEOUT_S} s; the cluster has {ray.available_resources()} free"
+            ) from None
+
+    def close(self) -> None:
+        """End every actor."""
+        for pool in self.pools.values():
+            pool.stop()
+        for ready in self.spares.values():
+            for spare in ready:
+                ray.kill(spare)
+        self.places.close()
+
+
+def is_alive(actor: Any, patience_s: float, method: str = "where", *args: Any) -> bool:
+    """Whether an actor answers a call within ``patience_s``."""
+    ref = getattr(actor, method).remote(*args)
+    ended, _ = wait_for([ref], patience_s)
+    return bool(ended) and _ended_well(ref)
+
+
+def _ended_well(ref: Any) -> bool:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError:
+        return False
+    return True

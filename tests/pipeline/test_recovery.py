@@ -1,0 +1,100 @@
+"""Any actor may die at any phase: the run goes on and ends with the bits of the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mini_world import STAGES, mini_recipe, write_components, write_world
+from safetensors.torch import load_file
+
+from omni_ray.checkpoint import store
+from omni_ray.observability.events import EventLog, event_log_to, read_events
+from omni_ray.training.prepare import StepBuilder
+from omni_ray.training.reference import Reference
+from omni_ray.types.batch import StepPlan
+from pipelines.bench.mortal import mortal_classes, order_death
+from pipelines.training.loop import train
+
+NETWORKS = ("language", "vision", "audio")
+LONG = [STAGES[2] | {"name": "A", "steps": 12}, STAGES[3] | {"name": "B", "steps": 4}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recovery")
+    (folder / "world").mkdir()
+    write_world(folder / "world")
+    write_components(folder / "components")
+    return folder
+
+
+def recipe_of(base: Path, **changes: Any) -> Any:
+    pools = {name: {"actors": 2 if name in ("vision", "language") else 1} for name in ("vision", "audio", "language")}
+    raw = {"stages": LONG, "pools": pools, "checkpoint": {"every_steps": 7, "snapshot_every": 3}}
+    return mini_recipe(base, **(raw | changes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path) -> dict[str, torch.Tensor]:
+    recipe = recipe_of(base)
+    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
+    for step in range(recipe.total_steps):
+        oracle.step(builder.build(step))
+    for name in NETWORKS:
+        oracle.networks[name].save_pretrained(base / "reference" / "model" / name)
+    return weights(base / "reference")
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name in NETWORKS:
+        for path in sorted((checkpoint / "model" / name).glob("*.safetensors")):
+            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
+    return found
+
+
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_actors_that_die_are_replaced_and_the_bits_are_the_same(
+    base: Path, undisturbed: dict[str, torch.Tensor], ray_cluster: None, tmp_path: Path
+) -> None:
+    """A rank with a sibling, a pool's only rank (its snapshot lies with another pool), and a frozen pool's rank."""
+    orders = [("language-1", "language", 8), ("audio-0", "encoder_backward", 14), ("speech-0", "encode", 14)]
+    pending = [order_death(_folder(tmp_path), name, phase, skip) for name, phase, skip in orders]
+    events = tmp_path / "events.jsonl"
+    with event_log_to(EventLog(jsonl=events)):
+        result = train(recipe_of(base), tmp_path / "run", quiet=True, **_classes(tmp_path))
+    assert [order for order in pending if order.exists()] == [], "every order was obeyed"
+    assert result.finished
+    assert result.checkpoint is not None
+    assert differing(weights(result.checkpoint), undisturbed) == []
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(16)), "every step is reported once"
+    plans = [StepPlan.from_json(line) for line in (tmp_path / "run" / "plans.jsonl").read_text().splitlines()]
+    assert [plan.step for plan in plans] == list(range(16)), "replayed plans are the recorded ones"
+    assert store.whole(tmp_path / "run" / "checkpoints")[-1] == result.checkpoint
+    lost = [event for event in read_events(events) if event["event"] == "recovered"]
+    assert len(lost) == result.recoveries
+    named = ", ".join(event["lost"] for event in lost)
+    assert all(name.replace("-", " rank ") in named for name, _, _ in orders), named
+    assert max(event["lost_steps"] for event in lost) <= 3, "no more than the snapshot interval"
+
+
+def _folder(base: Path) -> Path:
+    folder = base / "mortal"
+    (folder / "orders").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _classes(base: Path) -> dict[str, type]:
+    actor, feeder = mortal_classes(_folder(base))
+    return {"actor": actor, "feeder": feeder}
