@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from actors.drawing import draw_dataset, needs_drawing
 from actors.language import StepContext
 from actors.transport import pack
 from omni_ray.bridge.route import RouteTable
@@ -44,7 +45,8 @@ class PrepareSteps:
         self.builder = StepBuilder(recipe, root, state=state)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        prepared = self.builder.build(int(row["step"]))
+        draw = pickle.loads(row["draw"]) if "draw" in row else self.builder.draw(int(row["step"]))
+        prepared = self.builder.assemble(draw)
         batches = [pack(batch) for batch in prepared.batches]
         packed = (prepared.plan, batches, prepared.media, prepared.targets, prepared.bad, prepared.after)
         return {"step": row["step"], "prepared": pickle.dumps(packed, protocol=5)}
@@ -144,9 +146,14 @@ class Feeder:
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
             object_store_memory=200e6
         )
-        count = next_measurement(self.recipe, first) - first  # what comes after has weights not known yet
-        blocks = max(1, count // STEPS_PER_BLOCK)  # small blocks, or nothing streams
-        steps = ray.data.range(count, override_num_blocks=blocks).map(lambda row: {"step": row["id"] + first})
+        stop = next_measurement(self.recipe, first)  # what comes after has weights that are not known yet
+        if needs_drawing(self.recipe, first, stop):
+            steps = draw_dataset(self.recipe, self.root, self.state, first, stop)
+        else:
+            blocks = max(1, (stop - first) // STEPS_PER_BLOCK)  # small blocks, or nothing streams
+            steps = ray.data.range(stop - first, override_num_blocks=blocks).map(
+                lambda row: {"step": row["id"] + first}
+            )
         prepared = steps.map(
             PrepareSteps,  # type: ignore[arg-type]  # Ray Data makes one per task
             fn_constructor_args=(self.recipe, self.root, self.state),

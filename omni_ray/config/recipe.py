@@ -87,6 +87,7 @@ class Recipe(Checked):
         keep["stages"] = [{key: value for key, value in s.items() if key not in without} for s in keep["stages"]]
         keep["reduce"] = self.schedule.reduce
         keep["tile_items"] = self.data.tile_items
+        keep["tokenizer"] = None if self.data.tokenizer is None else self.data.tokenizer.name
         for word in ("split", "form", "prompts"):
             keep[word] = {name: getattr(source, word) for name, source in sorted(self.data.sources.items())}
         return hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()[:16]

@@ -65,6 +65,8 @@ class DataConfig(Checked):
     root: Path | None = None
     """Data root; None = the tiny world in its cache folder."""
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    tokenizer: Path | None = None
+    """A Hugging Face tokenizer.json; None = the one in the data root."""
     workers: PositiveInt = 1
     """Ray Data decode tasks at a time."""
     tile_items: PositiveInt = 16

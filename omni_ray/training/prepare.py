@@ -71,7 +71,7 @@ class StepBuilder:
         """
         self.recipe = recipe
         self.root = root
-        self.tokenizer = Tokenizer.load(root / "tokenizer.json")
+        self.tokenizer = fitting_tokenizer(recipe, root)
         self.stages = stage_orders(recipe, root)
         used = {name for stage in self.stages for name in stage.mixture.sources}
         used |= {key.partition("[")[0] for key in (state.drawn if state else ())} & set(recipe.data.sources)
@@ -123,6 +123,8 @@ class StepBuilder:
             if good is not None:
                 kept[place] = len(chosen)
                 chosen.append(good)
+        if not chosen:
+            raise DataError(f"step {draw.step} has no sample that can be used; the first of {len(bad)}: {bad[0]}")
         samples = [encoded for _, encoded, _ in chosen]
         for name, encoded, _ in chosen:
             if len(encoded) > stage.seq_len:
@@ -207,6 +209,27 @@ class StepBuilder:
     def _decode(self, ref: SampleRef) -> tuple[EncodedSample, tuple[Any, ...]]:
         sample, encoded = self._read.take(ref) or self._encode(ref)
         return encoded, decode_spans(sample, encoded.spans, self.recipe.networks)
+
+
+def tokenizer_file(recipe: Recipe, root: Path) -> Path:
+    """The tokenizer.json of a run."""
+    return recipe.data.tokenizer or root / "tokenizer.json"
+
+
+def fitting_tokenizer(recipe: Recipe, root: Path) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+        DataError: it cannot be read, lacks a token that samples need, or has more ids than the model has embeddings.
+    """
+    tokenizer = Tokenizer.load(tokenizer_file(recipe, root))
+    vocabulary = recipe.networks.language.vocab_size
+    if len(tokenizer) > vocabulary:
+        raise DataError(
+            f"{tokenizer_file(recipe, root)} has {len(tokenizer)} ids, the model {vocabulary} text embeddings; "
+            "choose another tokenizer, or raise model.language.vocab_size"
+        )
+    return tokenizer
 
 
 def stage_orders(recipe: Recipe, root: Path) -> list[StageOrder]:

@@ -1,7 +1,7 @@
 """Random interruptions for the ``resume`` bench: a small real data set, drawn recipes, and runs cut at any step.
 
-A run goes through the feeder's own functions (``PrepareSteps`` over blocks of step numbers, ``Feeder.plan`` and
-``Feeder.position``); only Ray Data's scheduling is replaced by readers that finish their blocks in a drawn order.
+A run goes through the feeder's own functions (``PrepareSteps`` over blocks of steps, ``drawn_blocks``, ``Feeder.plan``
+and ``Feeder.position``); only Ray Data's scheduling is replaced by readers that finish their blocks in a drawn order.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from actors.drawing import drawn_blocks, needs_drawing
 from actors.feeder import STEPS_PER_BLOCK, Feeder, PrepareSteps
 from omni_ray.config.load import check_recipe
 from omni_ray.config.recipe import Recipe
@@ -185,18 +187,26 @@ class ReaderFeeder(Feeder):
         """Blocks of steps go to readers; a round's blocks finish in a drawn order and are put back by number."""
         rng = np.random.default_rng(self.shape.seed)
         readers: dict[int, PrepareSteps] = {}
-        starts = list(range(first, self.recipe.total_steps, STEPS_PER_BLOCK))
-        for turn in range(0, len(starts), self.shape.readers):
-            blocks = list(enumerate(starts[turn : turn + self.shape.readers]))
+        blocks = self._blocks(first)
+        while turn := list(enumerate(islice(blocks, self.shape.readers))):
             done: dict[int, list[dict[str, Any]]] = {}
-            for place in rng.permutation(len(blocks)):
-                reader, start = blocks[place]
+            for place in rng.permutation(len(turn)):
+                reader, rows = turn[place]
                 if reader not in readers:
                     readers[reader] = PrepareSteps(self.recipe, self.root, self.state)
-                stop = min(start + STEPS_PER_BLOCK, self.recipe.total_steps)
-                done[start] = [readers[reader]({"step": step}) for step in range(start, stop)]
-            for start in sorted(done):
-                yield from done[start]
+                done[place] = [readers[reader](row) for row in rows]
+            for place in sorted(done):
+                yield from done[place]
+
+    def _blocks(self, first: int) -> Iterator[list[dict[str, Any]]]:
+        """What Ray Data would hand to decode tasks: step numbers, or steps that were drawn in one place."""
+        stop = self.recipe.total_steps
+        if needs_drawing(self.recipe, first, stop):
+            for table in drawn_blocks(self.recipe, self.root, self.state, first, stop):
+                yield table.to_pylist()
+            return
+        for start in range(first, stop, STEPS_PER_BLOCK):
+            yield [{"step": step} for step in range(start, min(start + STEPS_PER_BLOCK, stop))]
 
 
 def recipe_of(case: Case, shape: Shape) -> Recipe:

@@ -20,7 +20,7 @@ from omni_ray.config.recipe import Recipe
 from omni_ray.data.order_state import OrderState
 from omni_ray.observability.events import emit
 from omni_ray.training.data_position import guarantees, position_record, resumed_state
-from omni_ray.training.prepare import StepBuilder
+from omni_ray.training.prepare import StepBuilder, tokenizer_file
 from omni_ray.types.errors import CheckpointError
 from pipelines.training.data_root import data_fingerprint, data_root
 
@@ -159,7 +159,7 @@ def write_run_state(recipe: Recipe, folder: Path, step: int, position: Mapping[s
     """Everything of a checkpoint that is no tensor: recipe, tokenizer, step, data position."""
     root = data_root(recipe)
     save_recipe(recipe, folder / "recipe.yaml")
-    (folder / "tokenizer.json").write_bytes((root / "tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_bytes(tokenizer_file(recipe, root).read_bytes())
     store.write_state(
         folder,
         {

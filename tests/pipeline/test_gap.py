@@ -10,6 +10,7 @@ import pytest
 from mini_world import mini_recipe, write_components, write_world
 
 from omni_ray.checkpoint import store
+from omni_ray.config.parallel import Pools
 from pipelines.training.loop import train
 
 MIXTURE: dict[str, Any] = {
@@ -52,7 +53,14 @@ def test_weights_follow_the_gap_and_resume_keeps_them(tmp_path: Path, ray_cluste
     newest = store.newest(tmp_path / "whole" / "checkpoints")
     assert newest is not None
     (tmp_path / "whole" / "checkpoints" / store.checkpoint_name(3)).rename(half / store.checkpoint_name(3))
-    resumed = train(recipe, tmp_path / "half", resume=True, quiet=True)
+    pools = {name: {"actors": 2} for name in ("language", "vision")}
+    wider = recipe.model_copy(
+        update={
+            "pools": Pools.model_validate(pools),
+            "data": recipe.data.model_copy(update={"workers": 2, "prefetch_steps": 1}),
+        }
+    )
+    resumed = train(wider, tmp_path / "half", resume=True, quiet=True)  # other readers, other ranks
     assert resumed.checkpoint is not None
     for path in sorted((newest / "model").rglob("*.safetensors")):
         assert (resumed.checkpoint / path.relative_to(newest)).read_bytes() == path.read_bytes()

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mini_world import mini_recipe, write_world
@@ -170,3 +171,40 @@ def test_changed_shards_are_refused_by_name(base: Path, tmp_path: Path) -> None:
     ) as caught:
         resumed_state(builder(base, root=root), record)
     assert "restore its shards, or start in another --out" in str(caught.value)
+
+
+def test_a_step_without_usable_samples_is_refused(base: Path, tmp_path: Path) -> None:
+    """Headers are whole, so that rows are counted; what follows them is not."""
+    root = tmp_path / "world"
+    shutil.copytree(base / "world", root)
+    tar = root / "audio" / "train-00000.tar"
+    raw = bytearray(tar.read_bytes())
+    at = raw.find(b"fLaC")
+    while at >= 0:
+        raw[at + 60 : at + 4000] = bytes(3940)
+        at = raw.find(b"fLaC", at + 4000)
+    tar.write_bytes(raw)
+    with pytest.raises(DataError, match=r"step 0 has no sample that can be used; the first of \d+: audio:\d+: "):
+        builder(base, {"audio": 1}, root=root).build(0)
+    prepared = builder(base, {"text": 1, "audio": 1}, root=root).build(0)
+    assert all(name.startswith("text") for batch in prepared.plan.micro_batches for name in batch.samples)
+    assert len(prepared.bad) > 2
+    again = builder(base, {"text": 1, "audio": 1}, root=root).build(0)
+    assert (again.plan, again.bad) == (prepared.plan, prepared.bad), "left out the same way every time"
+
+
+def test_another_tokenizer_must_fit_the_model(base: Path, tmp_path: Path) -> None:
+    from omni_ray.data.tokenizer import Tokenizer
+
+    small, large = tmp_path / "small.json", tmp_path / "large.json"
+    Tokenizer.learn(["red seven"] * 3).save(small)
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), (4000, 6))
+    Tokenizer.learn(["".join(word) for word in letters] * 2, max_size=2000).save(large)
+
+    def recipe(tokenizer: Path) -> Any:
+        made = mini_recipe(base)
+        return made.model_copy(update={"data": made.data.model_copy(update={"tokenizer": tokenizer})})
+
+    assert len(StepBuilder(recipe(small), base / "world").tokenizer) < 300
+    with pytest.raises(DataError, match=r"large.json has \d+ ids, the model 1024 text embeddings; choose another"):
+        StepBuilder(recipe(large), base / "world")
