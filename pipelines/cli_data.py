@@ -101,7 +101,12 @@ def _is_as_recorded(path: Path, sha256: str) -> bool:
 
 
 def preview(args: Namespace) -> Outcome:
-    """A page with samples of every source to look at and listen to."""
+    """The next samples of a recipe or run; or, of a data set, a page with samples of every source to look at."""
+    from pipelines.data_steps import is_recipe_or_run, next_samples, sample_line
+
+    if is_recipe_or_run(args.path):
+        records = list(next_samples(args.path, args.count, args.step, args.set))
+        return Outcome(text="\n".join(map(sample_line, records)), document={"samples": records})
     target = writable_target(args.out, "--out")
     assert target is not None
     from pipelines.data_preview import write_preview

@@ -199,16 +199,24 @@ def _add_data(commands: _Commands) -> None:
     inspect.add_argument("--split", default="train", help="part to count rows of")
     inspect.add_argument("--limit", type=_positive, default=200, help="samples of each source to look into")
     inspect.add_argument("--recipe", default="tiny", help="recipe whose networks count the rows")
+    _add_preview(data)
+
+
+def _add_preview(data: _Commands) -> None:
     preview = data.add(
         "preview",
         "pipelines.cli_data:preview",
-        "write a page that shows samples of a built data set",
-        f"{PROG} data preview data/tiny-world --out preview.html",
+        "show the next samples of a recipe or run as the model sees them, or write a page of a built data set",
+        f"{PROG} data preview tiny --step 300 --count 4",
         json=True,
     )
-    preview.add_argument("path", metavar="PATH", type=Path, help="folder of a built data set")
+    preview.add_argument(
+        "path", metavar="PATH", type=Path, help="preset, recipe, folder of a run, or folder of a built data set"
+    )
+    preview.add_argument("--step", type=int, help="first step (default: 0, or where the run stands)")
+    _add_set(preview)
     preview.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write")
-    preview.add_argument("--count", type=_positive, default=8, help="samples of each source")
+    preview.add_argument("--count", type=_positive, default=8, help="samples to show (of each source, in a page)")
     preview.add_argument("--split", default="train", help="part to show")
 
 

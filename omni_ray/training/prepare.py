@@ -113,18 +113,8 @@ class StepBuilder:
         Raises:
             DataError: as :meth:`build`.
         """
-        number, _ = self.planner.stage_of(draw.step)
-        stage, plain = self.recipe.stages[number], self.stages[number].plain
-        chosen: list[_Chosen] = []
-        bad, kept = list(draw.bad), {}
-        for place, piece in enumerate(draw.pieces):
-            good, broken = self._good(piece.ref) if plain else self._alone(piece)
-            bad += broken
-            if good is not None:
-                kept[place] = len(chosen)
-                chosen.append(good)
-        if not chosen:
-            raise DataError(f"step {draw.step} has no sample that can be used; the first of {len(bad)}: {bad[0]}")
+        chosen, kept, bad = self._usable(draw)
+        stage = self.recipe.stages[self.planner.stage_of(draw.step)[0]]
         samples = [encoded for _, encoded, _ in chosen]
         for name, encoded, _ in chosen:
             if len(encoded) > stage.seq_len:
@@ -152,6 +142,22 @@ class StepBuilder:
             bad=tuple(bad),
             after=draw.after,
         )
+
+    def _usable(self, draw: StepDraw) -> tuple[list[_Chosen], dict[int, int], list[str]]:
+        """What could be decoded, where each drawn piece of it stands, and sentences about what could not."""
+        plain = self.stages[self.planner.stage_of(draw.step)[0]].plain
+        chosen: list[_Chosen] = []
+        kept: dict[int, int] = {}
+        bad = list(draw.bad)
+        for place, piece in enumerate(draw.pieces):
+            good, broken = self._good(piece.ref) if plain else self._alone(piece)
+            bad += broken
+            if good is not None:
+                kept[place] = len(chosen)
+                chosen.append(good)
+        if not chosen:
+            raise DataError(f"step {draw.step} has no sample that can be used; the first of {len(bad)}: {bad[0]}")
+        return chosen, kept, bad
 
     def measure(self, ref: SampleRef) -> SampleRows:
         """Rows of a sample by what they count as; its media headers are read.

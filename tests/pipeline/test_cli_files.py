@@ -94,6 +94,35 @@ def test_data_inspect_finds_a_sample_that_cannot_be_read(
     assert "0.png" in bad
 
 
+def test_data_preview_shows_the_next_samples_of_a_recipe(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mini_world import mini_recipe
+
+    from omni_ray.config.load import save_recipe
+    from omni_ray.training.prepare import StepBuilder
+
+    made = mini_recipe(base)
+    save_recipe(made, tmp_path / "mini.yaml")
+    shown = run_json(capsys, "data", "preview", str(tmp_path / "mini.yaml"), "--step", "3", "--count", "24")["samples"]
+    wanted = []
+    for step in (3, 4, 5, 6):
+        plan = StepBuilder(made, base / "world").build(step).plan
+        wanted += [(step, name) for place in plan.order for name in plan.micro_batches[place].samples]
+    assert [(record["step"], record["sample"]) for record in shown] == wanted[:24]
+    text = next(record for record in shown if record["sample"].startswith("picture"))["text"]
+    assert text == "USER:[vision 8]⏎what digit is it⏎ASSISTANT:« red seven</longcat_s>»⏎"
+    speech = next(record for record in shown if record["sample"].startswith("speech"))
+    assert f"[speech {speech['media'][0]['rows']}: « blue two</longcat_s>»]" in speech["text"]
+    film = next((record for record in shown if record["sample"].startswith("film")), None)
+    assert film is None or "<|audio|>[audio" in film["text"]
+    assert sum(shown[0]["step_rows"].values()) == sum(r["rows"] for r in shown if r["step"] == 3)
+    assert cli.main(["data", "preview", str(tmp_path / "mini.yaml"), "--step", "8", "--count", "1"]) == 0
+    assert "of the sequences filled" in capsys.readouterr().out
+    assert cli.main(["data", "preview", str(tmp_path / "mini.yaml"), "--step", "99"]) == 1
+    assert "step 99 does not exist: the recipe has steps 0..9" in capsys.readouterr().err
+
+
 def test_data_preview_shows_media_inside_one_page(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
