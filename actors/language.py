@@ -21,6 +21,7 @@ from omni_ray.inference.engine import Engine
 from omni_ray.inference.requests import Generation, GenerationRequest
 from omni_ray.inference.rows import Vocabulary
 from omni_ray.models.llm import LanguageModel, LanguageOutput
+from omni_ray.training.gap_measure import TEXT_TERMS
 from omni_ray.training.loss import TERMS, auxiliary, objective, term_scales
 from omni_ray.training.optimizer import rates
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute, OmniBatch
@@ -124,8 +125,8 @@ class LanguageWorker(NetworkWorker):
         rope_base = self.stage.rope_base if self.stage is not None else None
         output = self.network(rows_TD, batch.cu_seqlens, batch.positions, rope_base=rope_base)
         _, sums = objective(self.network, output.hidden_TD, batch, term_scales(LossWeights(), context.counts))
-        terms = ("text", "audio_text", "vision")
-        return float(sum(sums[TERMS.index(t)] for t in terms)), sum(context.counts.get(t, 0) for t in terms)
+        total = sum(float(sums[TERMS.index(term)]) for term in TEXT_TERMS)
+        return total, sum(context.counts.get(term, 0) for term in TEXT_TERMS)
 
     def _loss(
         self, batch: OmniBatch, context: StepContext, placed: Sequence[EmbeddingBatch]

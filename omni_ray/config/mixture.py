@@ -222,7 +222,8 @@ class GapConfig(Checked):
     split: str = "held_out"
     """Shards that validation samples come from."""
     reference: str | None = None
-    """JSON or YAML file {subset: mean log-perplexity of a reference model}; None = 0 for every subset."""
+    """JSON or YAML file {subset: mean log-perplexity of a reference model}, or a checkpoint that is measured when the
+    run starts; None = 0 for every subset."""
 
 
 class Mixture(Checked):

@@ -34,7 +34,7 @@ from omni_ray.types.errors import DataError
 from omni_ray.types.modality import Modality
 from omni_ray.types.sample import EncodedSample, Sample
 
-MEASURED_SAMPLES = 200_000
+MEASURED_SAMPLES = 50_000
 """Samples whose row counts are kept."""
 READ_BYTES = 64 * 2**20
 """Bytes of samples that were read to count their rows and are kept until they are decoded."""

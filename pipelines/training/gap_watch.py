@@ -9,9 +9,10 @@ import ray
 
 from actors.pool import Pool
 from omni_ray.config.recipe import Recipe
-from omni_ray.data.perplexity_gap import next_factors, read_reference
+from omni_ray.data.perplexity_gap import next_factors
 from omni_ray.observability.events import emit
-from omni_ray.training.gap_measure import is_measured, subsets
+from omni_ray.training.gap_measure import is_measured, references, subsets
+from pipelines.training.data_root import data_root
 
 
 class GapWatch:
@@ -24,12 +25,12 @@ class GapWatch:
             recipe: The run.  pools: All four.  feeder: The feeder's handle.
             factors: Of the data position that the run goes on from; empty = none.
         Raises:
-            DataError: a reference file that cannot be used.
+            DataError, CheckpointError: a reference that cannot be used.
         """
         self.recipe, self.pools, self.feeder = recipe, pools, feeder
         self.factors, self.stage = dict(factors), -1
         self.references = {
-            number: read_reference(stage.mixture.gap, subsets(recipe, number))
+            number: references(recipe, number, data_root(recipe))
             for number, stage in enumerate(recipe.stages)
             if stage.mixture.gap is not None
         }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mini_world import mini_recipe, write_components, write_world
+from tiny_checkpoint import write_tiny_checkpoint
 
 from actors.audio import AudioWorker
 from actors.feeder import Feeder
@@ -15,10 +18,20 @@ from actors.speech import SpeechWorker
 from actors.transport import unpack
 from actors.vision import VisionWorker
 from actors.worker import Rank
+from omni_ray.config.load import check_recipe
 from omni_ray.config.recipe import Recipe
-from omni_ray.training.gap_measure import is_measured, next_measurement, subsets, validation_recipe
+from omni_ray.inference.omni_model import OmniModel
+from omni_ray.training.gap_measure import (
+    is_measured,
+    log_perplexity,
+    next_measurement,
+    references,
+    subsets,
+    validation_recipe,
+)
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.training.reference import Reference
+from omni_ray.types.errors import CheckpointError
 
 MIXTURE: dict[str, Any] = {
     "modalities": {
@@ -52,6 +65,23 @@ def test_steps_before_which_gaps_are_measured(recipe: Recipe) -> None:
     assert [dict(s.mixture.model_dump()) for s in check.stages] == [{n: 5.0} for n in subsets(recipe, 1)]
 
 
+def test_a_checkpoint_is_a_reference(recipe: Recipe, tmp_path: Path) -> None:
+    """Its own figure over the validation rows, by its own tokenizer and sizes."""
+    root = recipe.data.root
+    assert root is not None
+    folder = write_tiny_checkpoint(tmp_path)
+    stages = [stage.model_dump(mode="json") for stage in recipe.stages]
+    stages[1]["mixture"]["gap"]["reference"] = str(folder)
+    made = check_recipe(recipe.model_dump(mode="json") | {"stages": stages})
+    found = references(made, 1, root)
+    assert set(found) == set(subsets(recipe, 1))
+    vocabulary = made.networks.language.vocab_size
+    assert all(0.5 * math.log(vocabulary) < value < 1.5 * math.log(vocabulary) for value in found.values())
+    (folder / "COMPLETE").unlink()
+    with pytest.raises(CheckpointError):
+        references(made, 1, root)
+
+
 def test_workers_measure_what_the_reference_measures(recipe: Recipe) -> None:
     root = recipe.data.root
     assert root is not None
@@ -75,5 +105,13 @@ def test_workers_measure_what_the_reference_measures(recipe: Recipe) -> None:
         assert rows == sum(counts[t] for t in terms) > 0, name
         wanted = sum(losses[t] * counts[t] for t in terms) / rows
         assert total / rows == pytest.approx(wanted, rel=1e-5), name
+        alone = OmniModel(
+            language=workers["language"].network,
+            vision=workers["vision"].network,
+            audio=workers["audio"].network,
+            codec=workers["speech"].network,
+            tokenizer=builder.tokenizer,
+        )
+        assert log_perplexity(alone, builder.build(subset)) == pytest.approx(wanted, rel=1e-5), name
         before = workers["language"].take_statistics()
         assert not before[0].any(), "training statistics stay untouched"
