@@ -75,7 +75,7 @@ class Client:
             await self.send("input_audio_buffer.append", audio=audio)
             await asyncio.sleep(0)
 
-    async def wait(self, kind: str, count: int = 1, timeout_s: float = 60.0) -> dict[str, Any]:
+    async def wait(self, kind: str, count: int = 1, timeout_s: float = 180.0) -> dict[str, Any]:
         """The ``count``-th event of a type, waited for."""
 
         async def found() -> dict[str, Any]:
@@ -184,7 +184,7 @@ def run(parts: Any, talk: Talk, **options: Any) -> Client:
     if not options.get("beta"):
         for event in client.events:
             check_ga(event)
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while held(stages) != (0, 0, 0) and time.monotonic() < end:
         time.sleep(0.005)
     assert held(stages) == (0, 0, 0)

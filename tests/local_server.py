@@ -56,8 +56,8 @@ class Server:
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(10)
-        if self._loop is not None:
+        self._thread.join(60)
+        if self._loop is not None and not self._thread.is_alive():
             self._loop.run_until_complete(self.stages.close())
             self._loop.close()
 

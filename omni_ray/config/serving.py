@@ -64,6 +64,17 @@ class TurnConfig(Checked):
         return self
 
 
+class FetchConfig(Checked):
+    """Fetching media from addresses that requests name; off unless a host is allowed."""
+
+    enabled: bool = False
+    hosts: tuple[str, ...] = ()
+    """``example.org``, ``*.example.org``, or ``*`` for everything that is not a private network."""
+    max_mib: PositiveFloat = 16.0
+    timeout_s: PositiveFloat = 5.0
+    """For everything together: name, connection, redirects, body."""
+
+
 class Limits(Checked):
     """What one request may ask for; beyond it the request is refused with the number."""
 
@@ -73,6 +84,7 @@ class Limits(Checked):
     max_video_frames: PositiveInt = 512
     max_messages: PositiveInt = 64
     max_tokens: PositiveInt = 1024
+    fetch: FetchConfig = Field(default_factory=FetchConfig)
     max_concurrent: PositiveInt = 32
     """Requests in flight; the next one is answered 429 at once."""
     max_per_key: PositiveInt = 32

@@ -27,12 +27,19 @@ from pipelines.serving.realtime.socket import serve_socket
 if TYPE_CHECKING:
     from pipelines.serving.gateway import Gateway
 
-PAGE_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE_FILES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "live.js": "text/javascript",
+    "microphone.js": "text/javascript",
+}
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
-    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "connect-src 'self' ws: wss:; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "permissions-policy": "microphone=(self), camera=(self)",
     "cache-control": "no-cache",
 }
 

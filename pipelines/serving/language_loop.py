@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -63,7 +64,12 @@ class LanguageLoop:
     async def answer(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
         """See ``Stages.answer``; rows that were made while nobody looked come together."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        answer = _Answer(session, options, lambda part: loop.call_soon_threadsafe(arrived.put_nowait, part))
+
+        def put(part: AnswerRows | BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's event loop has ended, and the caller with it
+                loop.call_soon_threadsafe(arrived.put_nowait, part)
+
+        answer = _Answer(session, options, put)
 
         def call() -> None:
             self._end(session)

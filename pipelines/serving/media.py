@@ -1,7 +1,8 @@
 """The one way in for media: data URIs and base64 to bytes whose size in pixels, seconds and frames is known to fit.
 
-Nothing is fetched: remote addresses and file paths are refused.  Containers are recognised by their first bytes before
-a decoder sees them, because decoders that guess would also follow play lists to other files and hosts.
+Nothing is fetched unless the recipe allows a host (fetch.py): remote addresses and file paths are refused.  Containers
+are recognised by their first bytes before a decoder sees them, because decoders that guess would also follow play lists
+to other files and hosts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from omni_ray.data.image import image_size
 from omni_ray.data.video import video_extent
 from omni_ray.types.errors import MediaError
 from pipelines.serving.errors import ApiError, bad_request
+from pipelines.serving.fetch import fetch
 
 MAX_SOUND_VALUES = 24_000_000
 """Samples over all channels: 120 s of stereo at 96 kHz; what a small file may unfold to."""
@@ -32,7 +34,7 @@ def image_bytes(url: str, where: str, limits: Limits) -> bytes:
     Raises:
         ApiError: 400, names the part.
     """
-    raw = read_data_uri(url, where, "image")
+    raw = read_url(url, where, "image", limits)
     try:
         height, width = image_size(raw, where)
     except MediaError as error:
@@ -91,7 +93,7 @@ def video_bytes(url: str, where: str, limits: Limits) -> bytes:
     Raises:
         ApiError: 400, names the part.
     """
-    raw = read_data_uri(url, where, "video")
+    raw = read_url(url, where, "video", limits)
     if raw[4:8] != b"ftyp" and raw[:4] != b"\x1a\x45\xdf\xa3":
         raise bad_request(f"{where} is not a film that can be read; send mp4, mov or webm", param=where)
     try:
@@ -106,6 +108,17 @@ def video_bytes(url: str, where: str, limits: Limits) -> bytes:
     if height * width > limits.max_image_pixels or frames * height * width > MAX_VIDEO_PIXELS:
         raise bad_request(f"{where} has {frames} frames of {width} x {height} pixels; scale it down", param=where)
     return raw
+
+
+def read_url(url: str, where: str, kind: str, limits: Limits) -> bytes:
+    """Bytes of a data URI, or of an address where fetching is allowed.
+
+    Raises:
+        ApiError: 400, names the part.
+    """
+    if limits.fetch.enabled and url[:5].lower() != "data:":
+        return fetch(url, where, limits.fetch)
+    return read_data_uri(url, where, kind)
 
 
 def read_data_uri(url: str, where: str, kind: str) -> bytes:

@@ -1,6 +1,6 @@
 """Sessions over the language model: rows appended, cut back and generated, many sessions in one step."""
 
-# T new rows, B sessions in a step, h heads, C latent rank, R rotary dim, X = C + R
+# T new rows, B sessions in a step, A attention slots, L cached rows, h heads, C latent rank, R rotary dim, X = C + R
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni_ray.inference.cache import LatentCache
 from omni_ray.inference.requests import GenerationRequest
 from omni_ray.inference.rows import RowSampler, Vocabulary
 from omni_ray.models.attention import LatentAttention
@@ -50,11 +49,28 @@ class Stepped:
     """Of the text id, and the likeliest alternatives with theirs."""
 
 
+class RowStore:
+    """Latents and turned rotary keys of one session, contiguous per attention slot; a cut costs nothing."""
+
+    def __init__(self, slots: int, width: int, like: Tensor) -> None:
+        self.length = 0
+        self.rows_ALX = like.new_zeros(slots, 0, width)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room; zeros, because a masked key is multiplied by 0, and 0 * NaN is NaN."""
+        have = self.rows_ALX.shape[1]
+        if capacity > have:
+            wanted = max(capacity, have + have // 2)
+            grown = self.rows_ALX.new_zeros(self.rows_ALX.shape[0], wanted + -wanted % KEY_TILE, self.rows_ALX.shape[2])
+            grown[:, :have] = self.rows_ALX
+            self.rows_ALX = grown
+
+
 @dataclass(eq=False, slots=True)
 class Held:
     """One session's cache."""
 
-    cache: LatentCache
+    cache: RowStore
     last_1H: Tensor | None = None
     """Final-normed hidden state of the last row."""
     running: Running | None = None
@@ -74,7 +90,7 @@ class SessionEngine:
     @property
     def rows(self) -> int:
         """Rows in all caches."""
-        return sum(held.cache.lengths[0] for held in self._held.values())
+        return sum(held.cache.length for held in self._held.values())
 
     @property
     def running(self) -> list[str]:
@@ -83,7 +99,7 @@ class SessionEngine:
 
     def length(self, session: str) -> int:
         """Rows of a session, 0 for an unknown one."""
-        return self._held[session].cache.lengths[0] if session in self._held else 0
+        return self._held[session].cache.length if session in self._held else 0
 
     @torch.no_grad()
     def extend(self, session: str, at: int, rows: Rows) -> None:
@@ -104,10 +120,11 @@ class SessionEngine:
         held = self._held.get(session)
         if held is None:
             weight = self.model.model.embed_tokens.weight
-            held = Held(LatentCache(self.config, 1, dtype=weight.dtype, device=str(weight.device)))
+            width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+            held = Held(RowStore(2 * self.config.num_layers, width, weight.detach()))
             self._held[session] = held
         held.running = None
-        held.cache.crop(0, at)
+        held.cache.length = at
         ids_T5 = torch.from_numpy(np.array(rows.ids_T5))
         x_TH = self.model.embed_rows(ids_T5)
         for offset, values_ND in rows.features:
@@ -119,7 +136,7 @@ class SessionEngine:
         """:meth:`extend`, then begin to answer; :meth:`step` makes the rows."""
         self.extend(session, at, rows)
         held = self._held[session]
-        room = self.config.max_position_embeddings - held.cache.lengths[0]
+        room = self.config.max_position_embeddings - held.cache.length
         if held.last_1H is None or room < 1:
             raise bad_request("the conversation leaves no room for an answer", code="context_length_exceeded")
         if options.voice and not self.vocabulary.code_sizes:
@@ -176,28 +193,26 @@ class SessionEngine:
         return float(logprobs_V[chosen]), pairs
 
     def _prefill(self, held: Held, x_TH: Tensor) -> None:
-        cache, count = held.cache, len(x_TH)
-        begin = cache.lengths[0]
+        cache, count, rank = held.cache, len(x_TH), self.config.kv_lora_rank
+        begin = cache.length
         tiled = count + -count % ROW_TILE
         x_TH = torch.cat([x_TH, x_TH.new_zeros(tiled - count, x_TH.shape[1])])
         position_T = torch.arange(begin, begin + tiled, device=x_TH.device)
-        cache.reserve(begin + tiled)
         turn, head_turn = self._turns(position_T)
-        sequence_T = torch.zeros(tiled, dtype=torch.int64, device=x_TH.device)
         length = begin + tiled + -(begin + tiled) % KEY_TILE
         cache.reserve(length)
         unseen_TL = torch.arange(length, device=x_TH.device) > position_T[:, None]
 
         def attend(slot: int, attention: LatentAttention, x: Tensor) -> Tensor:
             query_ThX, kept_TX = self._project(attention, x, turn, head_turn)
-            cache.write(slot, sequence_T, position_T, kept_TX)
-            keys_LX = cache.keys(slot, 0, 1, length)[0]
+            cache.rows_ALX[slot, begin : begin + tiled] = kept_TX
+            keys_LX = cache.rows_ALX[slot, :length]
             scores_hTL = torch.matmul(query_ThX.transpose(0, 1), keys_LX.t())
             probs = scores_hTL.masked_fill_(unseen_TL, float("-inf")).softmax(dim=-1)
-            return attention.absorb_value(torch.matmul(probs, keys_LX[:, : cache.rank]).transpose(0, 1))
+            return attention.absorb_value(torch.matmul(probs, keys_LX[:, :rank]).transpose(0, 1))
 
         hidden_TH, _ = self.model.run_layers(x_TH, attend, tiled_experts)
-        cache.append([count])
+        cache.length += count
         held.last_1H = self.model.model.norm(hidden_TH)[count - 1 : count]
 
     def _decode(self, going: list[Held], ids_B5: Tensor) -> Tensor:
@@ -205,12 +220,10 @@ class SessionEngine:
         x_BH = self.model.embed_rows(ids_B5)
         tiled = batch + -batch % ROW_TILE
         x_BH = torch.cat([x_BH, x_BH.new_zeros(tiled - batch, x_BH.shape[1])])
-        lengths = [held.cache.lengths[0] for held in going]
+        lengths = [held.cache.length for held in going]
         for held, length in zip(going, lengths, strict=True):
             held.cache.reserve((length // KEY_TILE + 1) * KEY_TILE)
         turn, head_turn = self._turns(torch.tensor([*lengths, *[0] * (tiled - batch)], device=x_BH.device))
-        zero_1 = torch.zeros(1, dtype=torch.int64, device=x_BH.device)
-        places = [torch.tensor([length], device=x_BH.device) for length in lengths]
         heads, rank = self.config.num_attention_heads, self.config.kv_lora_rank
         spans = [(length // KEY_TILE + 1) * KEY_TILE for length in lengths]
         masks = [torch.arange(s, device=x_BH.device) > n for s, n in zip(spans, lengths, strict=True)]
@@ -219,15 +232,15 @@ class SessionEngine:
             query_BhX, kept_BX = self._project(attention, x, turn, head_turn)
             mixed_BhC = query_BhX.new_zeros(tiled, heads, rank)
             for i, held in enumerate(going):
-                held.cache.write(slot, zero_1, places[i], kept_BX[i : i + 1])
-                keys_LX = held.cache.keys(slot, 0, 1, spans[i])[0]
+                held.cache.rows_ALX[slot, lengths[i]] = kept_BX[i]
+                keys_LX = held.cache.rows_ALX[slot, : spans[i]]
                 scores_hL = torch.mm(query_BhX[i], keys_LX.t()).masked_fill_(masks[i], float("-inf"))
                 mixed_BhC[i] = torch.mm(scores_hL.softmax(dim=-1), keys_LX[:, :rank])
             return attention.absorb_value(mixed_BhC)
 
         hidden_BH, _ = self.model.run_layers(x_BH, attend, tiled_experts)
         for held in going:
-            held.cache.append([1])
+            held.cache.length += 1
         normed_BH: Tensor = self.model.model.norm(hidden_BH)
         return normed_BH[:batch]
 

@@ -233,7 +233,10 @@ async function showModel() {
 
 $("ask").addEventListener("submit", ask);
 $("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("ask").requestSubmit();
+  }
 });
 $("choose").addEventListener("change", async (event) => {
   for (const file of [...event.target.files]) await addFile(file);

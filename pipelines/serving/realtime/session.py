@@ -293,10 +293,11 @@ class Session:
     def _spoken(self) -> None:
         self.turns.spoken()
 
-    def _committed(self, item: Item) -> None:
+    def _committed(self, item: Item, closing: asyncio.Task[None]) -> None:
         if self.settings.body["audio"]["input"]["transcription"] is not None:
+            # Beside the answer, which must not wait for it.
             name = f"{self.id}.heard.{item.id}"
-            self.dialogue.do(lambda: transcribe(self.dialogue, name, item, self.tell))
+            self.dialogue.beside(transcribe(self.dialogue, name, item, closing, self.tell))
 
     def note(self) -> None:
         """One line of numbers about the session, nobody's words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -38,8 +39,11 @@ def asking(template: Template, heard: Sequence[NDArray[np.float32]]) -> Rows:
     return Rows.joined([part.rows for part in parts])
 
 
-async def transcribe(dialogue: Dialogue, name: str, item: Item, tell: Callable[[Mapping[str, Any]], None]) -> None:
-    """Tell the words of a user's item, as they come."""
+async def transcribe(
+    dialogue: Dialogue, name: str, item: Item, closing: asyncio.Task[None], tell: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Tell the words of a user's item, as they come; ``closing`` gives the item its rows."""
+    await asyncio.wait([closing])
     head = {"item_id": item.id, "content_index": 0}
     kind = "conversation.item.input_audio_transcription"
     heard = [values for block in item.blocks if not block.image for _, values in block.rows.features]

@@ -60,7 +60,7 @@ class Turns:
         self._committed = 0
         """Sample up to which sound belongs to an item."""
         self.rollbacks = 0
-        self.on_commit: Callable[[Item], None] = lambda item: None
+        self.on_commit: Callable[[Item, asyncio.Task[None]], None] = lambda item, closing: None
 
     def configure(self) -> None:
         """Follow a change of the settings."""
@@ -230,7 +230,7 @@ class Turns:
         )
         attempt, self.attempt = self.attempt, None
         if attempt is not None:
-            self._commit_item(turn, attempt.item, attempt.until)
+            self._commit_item(turn, attempt.item, attempt.until, attempt.closing)
             self.answers.release(attempt.response, now)
             return
         self._end(turn, event.at, answer=bool(detection.get("create_response")))
@@ -239,14 +239,14 @@ class Turns:
         """End a turn for which no answer is being made yet."""
         self._feed(turn, until)
         item = self._item(turn)
-        self._close(turn, until, item)
-        self._commit_item(turn, item, self.ear.log.end)
+        closing = self._close(turn, until, item)
+        self._commit_item(turn, item, self.ear.log.end, closing)
         if answer and self.answers.active is None:
             self.answers.release(self.answers.begin())
         elif self.ear.phase == Phase.SPEAK and self.answers.active is None:
             self.spoken()
 
-    def _commit_item(self, turn: LiveTurn, item: Item, until: int) -> None:
+    def _commit_item(self, turn: LiveTurn, item: Item, until: int, closing: asyncio.Task[None]) -> None:
         previous = self.dialogue.conversation.add(item)
         self.emit({"type": "input_audio_buffer.committed", "item_id": item.id, "previous_item_id": previous})
         for kind in ("conversation.item.added", "conversation.item.done"):
@@ -259,7 +259,7 @@ class Turns:
         frames, self._late_frames = self._late_frames, []
         for frame, ts_ms in frames:
             self.look(frame, ts_ms)
-        self.on_commit(item)
+        self.on_commit(item, closing)
 
     def _interrupted(self) -> None:
         detection = self.settings.detection or {}
