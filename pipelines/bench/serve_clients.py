@@ -73,7 +73,10 @@ class Voice:
         for turn in range(self.plan["turns"]):
             if time.monotonic() - began > self.plan.get("for_s", 1e9):
                 break
-            spoken = np.concatenate([quiet(0.3, turn), speech(self.plan["speech_s"], self.number * 31 + turn)])
+            words = self.plan.get("seed", 0) + self.number * 31 + turn
+            spoken = np.concatenate(
+                [quiet(0.3, turn), speech(self.plan["speech_s"], self.plan.get("seed", 0) + self.number * 31 + turn)]
+            )
             await self._turn(spoken)
 
     async def _turn(self, spoken: np.ndarray) -> None:

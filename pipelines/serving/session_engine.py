@@ -108,15 +108,29 @@ class SessionEngine:
         Raises:
             SessionLostError: the session has fewer rows here.  ApiError: more rows than the model has positions.
         """
-        have = self.length(session)
-        if at > have:
-            raise SessionLostError(f"session has {have} rows here, not {at}")
         if at + len(rows) > self.config.max_position_embeddings:
             raise bad_request(
                 f"the conversation takes {at + len(rows)} rows, yet the model has "
                 f"{self.config.max_position_embeddings} positions; send less",
                 code="context_length_exceeded",
             )
+        held = self.cut(session, at)
+        ids_T5 = torch.from_numpy(np.array(rows.ids_T5))
+        x_TH = self.model.embed_rows(ids_T5)
+        for offset, values_ND in rows.features:
+            x_TH[offset : offset + len(values_ND)] = torch.from_numpy(np.array(values_ND)).to(x_TH)
+        for start in range(0, len(x_TH), PREFILL_ROWS):
+            self._prefill(held, x_TH[start : start + PREFILL_ROWS])
+
+    def cut(self, session: str, at: int) -> Held:
+        """Forget the rows of a session from ``at`` on, and its answer in progress; a new session has none.
+
+        Raises:
+            SessionLostError: the session has fewer rows here.
+        """
+        have = self.length(session)
+        if at > have:
+            raise SessionLostError(f"session has {have} rows here, not {at}")
         held = self._held.get(session)
         if held is None:
             weight = self.model.model.embed_tokens.weight
@@ -125,12 +139,7 @@ class SessionEngine:
             self._held[session] = held
         held.running = None
         held.cache.length = at
-        ids_T5 = torch.from_numpy(np.array(rows.ids_T5))
-        x_TH = self.model.embed_rows(ids_T5)
-        for offset, values_ND in rows.features:
-            x_TH[offset : offset + len(values_ND)] = torch.from_numpy(np.array(values_ND)).to(x_TH)
-        for start in range(0, len(x_TH), PREFILL_ROWS):
-            self._prefill(held, x_TH[start : start + PREFILL_ROWS])
+        return held
 
     def start(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> None:
         """:meth:`extend`, then begin to answer; :meth:`step` makes the rows."""
