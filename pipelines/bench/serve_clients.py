@@ -48,6 +48,8 @@ class Voice:
 
     def __init__(self, url: str, plan: dict[str, Any], number: int) -> None:
         self.url, self.plan, self.number, self.seen = url, plan, number, Seen()
+        self.sent = 0
+        self.departures: list[tuple[int, float]] = []
         self.events: asyncio.Queue[tuple[float, dict[str, Any]]] = asyncio.Queue()
 
     async def run(self) -> Seen:
@@ -74,20 +76,17 @@ class Voice:
             if time.monotonic() - began > self.plan.get("for_s", 1e9):
                 break
             words = self.plan.get("seed", 0) + self.number * 31 + turn
-            spoken = np.concatenate(
-                [quiet(0.3, turn), speech(self.plan["speech_s"], self.plan.get("seed", 0) + self.number * 31 + turn)]
-            )
+            spoken = np.concatenate([quiet(0.3, turn), speech(self.plan["speech_s"], words)])
             await self._turn(spoken)
 
     async def _turn(self, spoken: np.ndarray) -> None:
         """Speak at the pace of speech, stay silent until the answer was heard."""
-        self.sent = self.sent if hasattr(self, "sent") else 0
         base = self.sent
         end = base + last_sound(spoken)
         due_sample = end + int(SILENCE_S * RATE_HZ)
         sound = np.concatenate([spoken, quiet(LONGEST_WAIT_S, self.number)])
         piece = int(PIECE_S * RATE_HZ)
-        self.departures: list[tuple[int, float]] = []
+        self.departures = []
         answer = asyncio.create_task(self._hear(due_sample))
         start, next_at = 0, time.monotonic()
         while not answer.done() and start < len(sound):
