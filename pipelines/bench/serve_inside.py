@@ -82,7 +82,7 @@ def batch(checkpoint: Path, sessions: int, steps: int) -> float:
     names = [f"s{i}" for i in range(sessions)]
     prompt = Rows.of_text(model.tokenizer.encode("USER:which digit is it\nVOICE ASSISTANT:"))
     for number, name in enumerate(names):
-        engine.start(name, 0, prompt, AnswerOptions(voice=True, max_tokens=steps + 4, seed=number, temperature=1.0))
+        engine.start(name, 0, prompt, AnswerOptions(voice=True, max_tokens=steps + 4, seed=number))
     for _ in range(3):
         engine.step(engine.running)
     made, began = 0, time.perf_counter()

@@ -18,6 +18,7 @@ from omni_ray.models.layers import ROW_TILE, row_padded
 from omni_ray.models.llm import LanguageModel
 from omni_ray.models.rope import Turn, rope_tables
 from pipelines.serving.errors import bad_request
+from pipelines.serving.sampler_group import SamplerGroup
 from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError
 
 KEY_TILE = 64
@@ -30,6 +31,7 @@ class Running:
     """An answer in progress."""
 
     sampler: RowSampler
+    request: GenerationRequest
     options: AnswerOptions
     hidden_1H: Tensor
     made: int = 0
@@ -83,6 +85,7 @@ class SessionEngine:
     def __init__(self, model: LanguageModel, vocabulary: Vocabulary) -> None:
         self.model, self.vocabulary, self.config = model, vocabulary, model.config
         self._held: dict[str, Held] = {}
+        self._group = SamplerGroup(model, vocabulary)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -108,13 +111,13 @@ class SessionEngine:
         Raises:
             SessionLostError: the session has fewer rows here.  ApiError: more rows than the model has positions.
         """
+        held = self.cut(session, at)
         if at + len(rows) > self.config.max_position_embeddings:
             raise bad_request(
                 f"the conversation takes {at + len(rows)} rows, yet the model has "
                 f"{self.config.max_position_embeddings} positions; send less",
                 code="context_length_exceeded",
             )
-        held = self.cut(session, at)
         ids_T5 = torch.from_numpy(np.array(rows.ids_T5))
         x_TH = self.model.embed_rows(ids_T5)
         for offset, values_ND in rows.features:
@@ -157,26 +160,26 @@ class SessionEngine:
             temperature=options.temperature,
             seed=options.seed,
         )
-        held.running = Running(RowSampler(self.model, self.vocabulary, [request]), options, held.last_1H)
+        sampler = RowSampler(self.model, self.vocabulary, [request])
+        held.running = Running(sampler, request, options, held.last_1H)
 
     @torch.no_grad()
     def step(self, sessions: list[str]) -> dict[str, Stepped]:
         """One row for each of these running sessions."""
         out, going, rows = {}, [], []
-        for name in sessions:
+        for name, (row_5, ended) in self._choose(sessions).items():
             held = self._held[name]
             assert held.running is not None
             run = held.running
-            ids_15, ended_1 = run.sampler.next_rows(run.hidden_1H)
             run.made += 1
-            ended, full = bool(ended_1[0]), run.made >= int(run.sampler.limit_B[0])
-            logprob = self._logprob(run, int(ids_15[0, 0])) if run.options.logprobs >= 0 else None
-            out[name] = Stepped(ids_15[0], ended, full, logprob)
+            full = run.made >= run.request.max_tokens
+            logprob = self._logprob(run, int(row_5[0])) if run.options.logprobs >= 0 else None
+            out[name] = Stepped(row_5, ended, full, logprob)
             if ended or full:
                 held.running = None
             else:
                 going.append(held)
-                rows.append(ids_15)
+                rows.append(row_5[None])
         if going:
             hidden_BH = self._decode(going, torch.cat(rows))
             for held, hidden_1H in zip(going, hidden_BH.split(1), strict=True):
@@ -192,6 +195,22 @@ class SessionEngine:
     def forget(self, session: str) -> None:
         """Free a session."""
         self._held.pop(session, None)
+
+    def _choose(self, sessions: list[str]) -> dict[str, tuple[Tensor, bool]]:
+        """The next row of each session, and whether it ends the answer."""
+        runs = {name: run for name in sessions if (run := self._held[name].running) is not None}
+        greedy = [name for name, run in runs.items() if run.request.temperature == 0]
+        out = {}
+        if greedy:
+            chosen = [runs[name] for name in greedy]
+            hidden_BH = torch.cat([run.hidden_1H for run in chosen])
+            samplers, requests = [run.sampler for run in chosen], [run.request for run in chosen]
+            ids_B5, ended_B = self._group.next_rows(samplers, requests, hidden_BH)
+            out = dict(zip(greedy, zip(ids_B5, ended_B.tolist(), strict=True), strict=True))
+        for name in runs.keys() - set(greedy):
+            ids_15, ended_1 = runs[name].sampler.next_rows(runs[name].hidden_1H)
+            out[name] = ids_15[0], bool(ended_1[0])
+        return out
 
     def _logprob(self, run: Running, chosen: int) -> tuple[float, tuple[tuple[int, float], ...]]:
         """Log-probabilities under the model's own distribution over its whole vocabulary, temperature 1."""
