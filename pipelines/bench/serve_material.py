@@ -40,7 +40,7 @@ def write_checkpoint(parent: Path, serving: dict[str, Any]) -> Path:
     model = model_preset("tiny")
     recipe = check_recipe({"size": "tiny", "serving": serving})
     torch.manual_seed(0)
-    networks = {
+    networks: dict[str, Any] = {
         "vision": VisionEncoder(model.vision),
         "audio": AudioEncoder(model.audio),
         "codec": Codec(model.codec),
