@@ -13,7 +13,7 @@ import pytest
 
 from omni_ray.types.errors import ConfigError, ResourceError
 from pipelines.serving.errors import ApiError
-from pipelines.serving.guard import Guard, check_address, check_port, is_loopback, read_api_keys
+from pipelines.serving.guard import Guard, check_address, check_port, check_tls, is_loopback, read_api_keys
 
 KEY = "a-key-of-enough-characters"
 LOCAL = {"host": "127.0.0.1:8000"}
@@ -96,6 +96,33 @@ def test_a_key_opens_every_path(key_file: Path, kind: str, authorization: str | 
         assert sent[0]["status"] == 401
         assert (b"www-authenticate", b'Bearer realm="omni-ray"') in sent[0]["headers"]
         assert json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("offered", "let_in"),
+    [
+        (f"realtime, openai-insecure-api-key.{KEY}", True),
+        (f"openai-insecure-api-key.{KEY}, openai-beta.realtime-v1", True),
+        ("realtime, openai-insecure-api-key.wrong-wrong-wrong", False),
+        ("realtime", False),
+    ],
+)
+def test_a_browser_may_send_the_key_as_a_subprotocol(key_file: Path, offered: str, let_in: bool) -> None:
+    headers = {"host": "example.org", "sec-websocket-protocol": offered}
+    assert visit(read_api_keys(key_file), headers, "/v1/realtime", client="10.0.0.9", kind="websocket")[0] == let_in
+
+
+def test_tls_files_belong_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = tmp_path / "some.pem"
+    some.write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"^--tls-cert and --tls-key belong together; give both$"):
+        check_tls("0.0.0.0", some, None)
+    with pytest.raises(ConfigError, match="are no certificate with its key"):
+        check_tls("0.0.0.0", some, some)
+    assert check_tls("127.0.0.1", None, None) == {}
+    assert "no_tls" not in capsys.readouterr().err
+    assert check_tls("0.0.0.0", None, None) == {}
+    assert "no_tls" in capsys.readouterr().err
 
 
 def test_a_browser_is_asked_for_a_password(key_file: Path) -> None:
