@@ -64,7 +64,7 @@ class Answers:
             most = self._most(given or {})
             ended = unseen is None or unseen.id in self.dialogue.conversation
             tail = [] if ended or unseen is None else unseen.blocks
-            wanted = self.dialogue.history(most, [*tail, answering])
+            wanted = self.dialogue.history(most, [*tail, answering], instructions=(given or {}).get("instructions"))
             await self._run(response, wanted, answering, most)
 
         self._tasks[response.id] = self.dialogue.do(work)
@@ -91,7 +91,7 @@ class Answers:
         async def work() -> None:
             most = self._most(given)
             answering = self.dialogue.template.answering(response.voice)
-            wanted = self.dialogue.history(most, [answering], items)
+            wanted = self.dialogue.history(most, [answering], items, given.get("instructions"))
             rows = Rows.joined([block.rows for block in wanted])
             try:
                 response.prompt_rows = _counts(wanted)

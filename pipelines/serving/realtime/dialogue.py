@@ -60,9 +60,17 @@ class Dialogue:
         parts = [self.template.opening(role), self.template.text(words), self.template.closing(role)]
         return Block(Rows.joined([part.rows for part in parts]))
 
-    def history(self, reserve: int, tail: Sequence[Block], items: Sequence[Item] | None = None) -> list[Block]:
-        """Blocks of the conversation with ``tail`` after them; the oldest items are left out where it would not fit."""
-        first = [self.system] if self.system is not None else []
+    def history(
+        self, reserve: int, tail: Sequence[Block], items: Sequence[Item] | None = None, instructions: str | None = None
+    ) -> list[Block]:
+        """Blocks of the conversation with ``tail`` after them; the oldest items are left out where it would not fit.
+
+        Args:
+            reserve: Rows of the answer.  tail: What stands after the items.
+            items: Instead of those of the conversation.  instructions: Instead of the session's.
+        """
+        system = self.message("system", instructions) if instructions else self.system
+        first = [system] if system is not None else []
         groups = [item.blocks for item in (self.conversation.items if items is None else items) if item.blocks]
         room = self.positions - reserve - sum(map(len, first)) - sum(map(len, tail))
         sizes = [sum(map(len, blocks)) for blocks in groups]

@@ -254,6 +254,8 @@ class Session:
         for name in ("max_output_tokens", "max_response_output_tokens"):
             if body.get(name) is not None:
                 given["max_output_tokens"] = most_tokens(body[name], f"response.{name}")
+        if isinstance(body.get("instructions"), str):
+            given["instructions"] = body["instructions"]
         metadata = body.get("metadata")
         if metadata is not None:
             if (
