@@ -1,4 +1,4 @@
-"""Handlers of ``checkpoint inspect``, and of ``import``, ``export`` and ``reshard``, which come later."""
+"""Handlers of ``checkpoint inspect`` and ``reshard``, and of ``import`` and ``export``, which come later."""
 
 from __future__ import annotations
 
@@ -87,5 +87,9 @@ def export_(args: Namespace) -> Outcome:
 
 
 def reshard_(args: Namespace) -> Outcome:
-    """Refused by name."""
-    raise NotYetError("checkpoint reshard", "train --resume already loads a checkpoint at other numbers of actors")
+    """The same state in as many shards as the changed pools have ranks."""
+    from pipelines.training.reshard import reshard
+
+    document = reshard(args.source, args.target, args.set)
+    sizes = ", ".join(f"{name} {count}" for name, count in document["shards"].items())
+    return Outcome(text=f"{args.target}: step {document['step']}, shards {sizes}", document=document)

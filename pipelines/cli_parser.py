@@ -250,9 +250,12 @@ def _add_checkpoint(commands: _Commands) -> None:
         ("export", "write a checkpoint in the released layout"),
         ("reshard", "rewrite a checkpoint for other pool sizes"),
     ):
+        more = " --set pools.language.actors=4" if name == "reshard" else ""
         parser = checkpoint.add(
-            name, f"pipelines.cli_checkpoint:{name}_", summary, f"{PROG} checkpoint {name} CKPT out", json=True
+            name, f"pipelines.cli_checkpoint:{name}_", summary, f"{PROG} checkpoint {name} CKPT out{more}", json=True
         )
+        if more:
+            _add_set(parser)
         parser.add_argument("source", metavar="IN", type=Path, help="folder to read")
         parser.add_argument("target", metavar="OUT", type=Path, help="folder to write")
 

@@ -34,7 +34,7 @@ def writing(parent: Path, step: int) -> Iterator[Path]:
     try:
         with written(parent, step):
             yield side
-            complete(side, parent, step)
+            complete(side, parent / checkpoint_name(step))
     finally:
         shutil.rmtree(side, ignore_errors=True)
 
@@ -65,11 +65,10 @@ def open_side(parent: Path, step: int) -> Path:
     return side
 
 
-def complete(side: Path, parent: Path, step: int) -> Path:
-    """Make a written folder the checkpoint of its step: the last file says it is whole, then it takes its name."""
+def complete(side: Path, target: Path) -> Path:
+    """Make a written folder a checkpoint: the last file says it is whole, then it takes its name."""
     (side / "versions.json").write_text(json.dumps(versions(), indent=1), encoding="utf-8")
     (side / COMPLETE).write_text(f"{FORMAT}\n", encoding="utf-8")
-    target = parent / checkpoint_name(step)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(side, target)
     return target

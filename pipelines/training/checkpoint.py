@@ -148,7 +148,7 @@ class CheckpointWriter:
                 )
             with store.written(self.parent, step):
                 write_run_state(self.recipe, side, step, position_record(ray.get(self._position), self.rests_on))
-                folder = store.complete(side, self.parent, step)
+                folder = store.complete(side, self.parent / store.checkpoint_name(step))
         finally:
             self.abandon()
         store.prune(self.parent, self.recipe.checkpoint.keep)

@@ -224,7 +224,8 @@ class _Run:
         feeder_lost = FEEDER in suspects or not is_alive(self.feeder, self.recipe.schedule.timeout_s, "forget", 0)
         if not gone and not feeder_lost:
             raise problem
-        emit("lost", pools=", ".join(f"{name} rank {rank}" for name, rank in gone), feeder=feeder_lost)
+        lost = ", ".join(f"{name} rank {rank}" for name, rank in gone)
+        emit("lost", pools=lost, feeder=feeder_lost, reason=str(problem).splitlines()[0])
         kept = self.supervisor.confirmed
         fallback, order = self._fallback()
         step = self.supervisor.recover(gone, fallback, self.ended)

@@ -114,11 +114,7 @@ def test_wrong_usage_is_exit_2(words: list[str], says: str, capsys: pytest.Captu
             ["checkpoint", "export", "a", "b"],
             "checkpoint export is not built yet in this version; a/model already holds each network as safetensors",
         ),
-        (
-            ["checkpoint", "reshard", "a", "b"],
-            "checkpoint reshard is not built yet in this version; train --resume already loads a checkpoint at other "
-            "numbers of actors",
-        ),
+        (["checkpoint", "reshard", "a", "b"], "checkpoint a does not exist"),
         (
             ["simulate", "tiny"],
             "simulate (predicted step time and memory) is not built yet in this version; omni-ray plan shows the "
