@@ -13,7 +13,7 @@ from actors.feeder import Feeder
 from actors.placement import POOL_NAMES
 from actors.pool import Pool, start_pools
 from actors.transport import pack
-from omni_ray.config.load import load_recipe
+from omni_ray.config.load import check_recipe, load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.prepare import PreparedStep, StepBuilder
 from omni_ray.types.batch import StepPlan
@@ -46,17 +46,16 @@ class PreparedFeeder(Feeder):
 
 def parity_recipe(seed: int, texts: int) -> Recipe:
     """One stage of text and a few pictures, in which language and vision train."""
-    recipe = load_recipe("tiny", [f"seed={seed}", "pools.spares=0"])
-    stage = recipe.stages[0].model_copy(
-        update={
-            "steps": 1000,
-            "mixture": {"text": float(texts), "picture": float(PICTURES)},
-            "trainable": ("language", "vision", "vision_projector"),
-            "micro_batches": PICTURES,
-            "seq_len": 1024,
-        }
-    )
-    return recipe.model_copy(update={"stages": (stage,)})
+    raw = load_recipe("tiny", [f"seed={seed}", "pools.spares=0"]).model_dump(mode="json")
+    stage = {
+        "name": "parity",
+        "steps": 1000,
+        "mixture": {"text": texts, "picture": PICTURES},
+        "trainable": ["language", "vision", "vision_projector"],
+        "micro_batches": PICTURES,
+        "seq_len": 1024,
+    }
+    return check_recipe(raw | {"stages": [stage]})
 
 
 def separate_real(seed: int, repeats: int) -> tuple[list[float], float]:

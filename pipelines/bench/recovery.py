@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.cluster import local_or_joined
 from omni_ray.checkpoint import store
-from omni_ray.config.load import load_recipe, save_recipe
+from omni_ray.config.load import check_recipe, load_recipe, save_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import EventLog, event_log_to, read_events
 from pipelines.bench.mortal import kill_now, mortal_classes, order_death
@@ -106,17 +106,18 @@ def flipped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def recovery_recipe(seed: int) -> Recipe:
     """A short run in which every pool has work; two pools of two ranks, two of one."""
-    recipe = load_recipe("tiny", [f"seed={seed}", "pools.vision.actors=2", "pools.language.actors=2"])
-    stage = recipe.stages[0].model_copy(
-        update={
-            "steps": KILLS_A_RUN * (STEPS_BETWEEN + SNAPSHOT_EVERY + 4) + 10,
-            "mixture": {"text": 3.0, "picture": 4.0, "speech_text": 2.0, "audio_synthetic": 3.0},
-            "trainable": ("language", "audio_heads", "vision", "vision_projector", "audio", "audio_projector"),
-            "micro_batches": 3,
-        }
+    raw = load_recipe("tiny", [f"seed={seed}", "pools.vision.actors=2", "pools.language.actors=2"]).model_dump(
+        mode="json"
     )
-    checkpoint = recipe.checkpoint.model_copy(update={"every_steps": 4, "snapshot_every": SNAPSHOT_EVERY})
-    return recipe.model_copy(update={"stages": (stage,), "checkpoint": checkpoint})
+    stage = {
+        "name": "recovery",
+        "steps": KILLS_A_RUN * (STEPS_BETWEEN + SNAPSHOT_EVERY + 4) + 20,
+        "mixture": {"text": 3, "picture": 4, "speech_text": 2, "audio_synthetic": 3},
+        "trainable": ["language", "audio_heads", "vision", "vision_projector", "audio", "audio_projector"],
+        "micro_batches": 3,
+    }
+    checkpoint = raw["checkpoint"] | {"every_steps": 4, "snapshot_every": SNAPSHOT_EVERY}
+    return check_recipe(raw | {"stages": [stage], "checkpoint": checkpoint})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,7 +151,7 @@ class _Killer:
     def run(self) -> None:
         """The killer's life."""
         while len(self.kills) < KILLS_A_RUN and not self.stop.is_set():
-            target = self.ended() + STEPS_BETWEEN if self.kills else 3
+            target = self.ended() + STEPS_BETWEEN if self.kills else STEPS_BETWEEN + 2
             if not self._until(lambda wanted=target: self.ended() >= wanted):  # type: ignore[misc]
                 return
             name = self.rng.choice(RANKS)

@@ -298,7 +298,8 @@ class _Run:
             self.feeder.forget.remote(confirmed)
             self.plans.forget(confirmed)
         self._tolerated(self.checkpoints.poll, self.ended)
-        self.supervisor.keep_spares()
+        if confirmed > self.point.step:  # a run that is over in a moment, and the start of any, do without
+            self.supervisor.keep_spares()
 
     def _report(self, result: StepResult) -> None:
         now = time.monotonic()

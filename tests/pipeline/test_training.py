@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -67,6 +68,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "pools": {name: {"actors": 2} for name in ("vision", "audio", "language")},
         "schedule": {"kind": "pipelined", "window": 2, "num_chunks": 3},
     },
+    "colocated-two-encoders-a-replica-2-chunks": {
+        "placement": "colocate",
+        "pools": {"vision": {"actors": 2, "recompute": "full"}, "audio": {"actors": 2, "recompute": "full"}},
+        "schedule": {"kind": "barrier", "num_chunks": 2},
+    },
 }
 
 
@@ -75,7 +81,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def test_pools_equal_the_reference_bit_for_bit(
     base: Path, reference: dict[str, Tensor], ray_cluster: None, shape: str, tmp_path: Path
 ) -> None:
-    result = train(mini_recipe(base, **SHAPES[shape]), tmp_path, quiet=True)
+    result = train(mini_recipe(base, **SHAPES[shape]), tmp_path, quiet=True, timeline=tmp_path / "timeline.json")
     assert result.finished
     assert result.checkpoint is not None
     assert differing(weights(result.checkpoint), reference) == []
@@ -83,6 +89,39 @@ def test_pools_equal_the_reference_bit_for_bit(
     assert [plan.step for plan in plans] == list(range(10))
     metrics = (tmp_path / "metrics.jsonl").read_text()
     assert metrics.count('"loss/vision"') == 4, "losses are reported per modality, in the stage that has it"
+    assert metrics.count('"bridge/vision>language_bytes"') == 4
+    assert metrics.count('"bridge/language>vision_bytes"') == 4
+    for shares in result.usage.values():
+        assert sum(shares.values()) == pytest.approx(1.0)
+    check_timeline(tmp_path / "timeline.json", SHAPES[shape])
+
+
+def check_timeline(path: Path, changes: dict[str, Any]) -> None:
+    """Every rank is a process of the trace, with its stages, transfers and waits."""
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
+    sizes = {name: changes.get("pools", {}).get(name, {}).get("actors", 1) for name in (*NETWORKS, "speech")}
+    assert set(names) == {"driver", *(f"{name}-{rank}" for name, size in sizes.items() for rank in range(size))}
+    seen = {name: {event["name"] for event in events if event["pid"] == pid} for name, pid in names.items()}
+    assert seen["language-0"] >= {"language", "bridge.receive", "bridge.send", "finish", "step", "wait"}
+    assert seen["vision-0"] >= {"encode", "encoder_backward", "bridge.receive", "bridge.send", "wait"}
+    assert seen["driver"] >= {"submit", "collect"}
+
+
+@pytest.mark.ray
+def test_fast_sums_come_close_to_the_reference(
+    base: Path, reference: dict[str, Tensor], ray_cluster: None, tmp_path: Path
+) -> None:
+    """All-reduce over two ranks and packed batches: other roundings, the same training."""
+    sizes = {name: {"actors": 2} for name in ("vision", "audio", "language")}
+    result = train(mini_recipe(base, pools=sizes, schedule={"reduce": "fast"}), tmp_path, quiet=True)
+    assert result.checkpoint is not None
+    found = weights(result.checkpoint)
+    assert differing(found, reference) != [], "another order of sums shows in some bit"
+    apart = sum(float((found[k] - reference[k]).double().square().sum()) for k in reference)
+    size = sum(float(reference[k].double().square().sum()) for k in reference)
+    # AdamW's first steps move a weight by the sign of its gradient, so a tiny gradient's rounding shows at full rate.
+    assert (apart / size) ** 0.5 < 2e-3
 
 
 def test_another_seed_gives_other_weights(base: Path, reference: dict[str, Tensor]) -> None:
