@@ -16,6 +16,7 @@ import ray
 
 from actors.cluster import local_or_joined
 from actors.feeder import Feeder
+from actors.pool import START_TIMEOUT_S
 from actors.pool_actor import PoolActor
 from actors.supervisor import Named, Supervisor, is_alive
 from omni_ray.checkpoint import store
@@ -267,7 +268,12 @@ class _Run:
         ray.kill(self.feeder)
 
     def _plan(self, step: int) -> Any:
-        plan, bad = ray.get(self.next_plan, timeout=self.recipe.schedule.timeout_s)
+        limit = max(self.recipe.schedule.timeout_s, START_TIMEOUT_S)  # the first plan waits for Ray Data's start
+        try:
+            plan, bad = ray.get(self.next_plan, timeout=limit)
+        except ray.exceptions.GetTimeoutError:
+            text = f"step {step}: pool feeder, rank 0, phase plan: no plan came within {limit:g} s"
+            raise StuckError(text, [FEEDER]) from None
         if step + 1 < self.recipe.total_steps and not self.gap.due(step + 1):
             self.next_plan = self.feeder.plan.remote(step + 1)
         if not self.plans.write(plan):
