@@ -144,12 +144,12 @@ def test_stop_signal_then_resume_ends_with_the_same_bits(
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = out / "metrics.jsonl"
-    for _ in range(1200):
+    for _ in range(4000):
         if child.poll() is not None or (metrics.is_file() and metrics.read_text().count("\n") >= 2):
             break
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=120)
+    output, _ = child.communicate(timeout=240)
     assert child.returncode == 0, output
     stopped = store.newest(out / "checkpoints")
     assert stopped is not None, output
