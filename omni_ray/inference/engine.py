@@ -1,45 +1,76 @@
-"""The engine: packed prefill, then one row at a time for all answers together, over the latent cache.
+"""The engine: sessions over the latent cache; prompt pieces and decoded rows of all of them share one forward.
 
-A request's answer depends on the request alone, bit for bit in fp32 on CPU: rows of every matrix product come in
-multiples of 16, attention pads a sequence by its own length, and draws come from the request's seed.
+An answer depends on its session's rows and its options alone, bit for bit in fp32 on CPU: not on who shares a step, nor
+on how the prompt was cut, nor on whether it was cropped and fed again (docs/decisions, decode-row-bits).
 """
 
-# T packed prompt rows, B answers in progress, h heads, C latent rank, R rotary dim
+# T prompt rows, B answers in progress, S spans of a forward, H model dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from omni_ray.inference.cache import LatentCache
-from omni_ray.inference.requests import Generation, GenerationRequest
+from omni_ray.inference.cache import PAGE_ROWS, LatentCache
+from omni_ray.inference.prefix import PrefixStore, page_keys
+from omni_ray.inference.requests import AnswerOptions, Generation, GenerationRequest, MadeRow
+from omni_ray.inference.row_forward import RowForward
+from omni_ray.inference.row_weights import fingerprint, product, row_weights
 from omni_ray.inference.rows import RowSampler, Vocabulary
-from omni_ray.models.attention import LatentAttention
-from omni_ray.models.grouped_experts import tiled_experts
-from omni_ray.models.layers import ROW_TILE, row_padded
 from omni_ray.models.llm import LanguageModel
-from omni_ray.models.packed_attention import packed_layout
-from omni_ray.models.rope import Turn, rope_tables
-from omni_ray.types.errors import RequestError
+from omni_ray.types.batch import AUDIO_PAD
+from omni_ray.types.errors import RequestError, ResourceError
 
-PREFILL_ROWS = 2048
-"""Prompt rows of one prefill forward; more fall out of the processor's cache."""
-KEY_TILE = 64
-"""Cached keys are read in multiples of this, so a sequence's sums depend on its own length only."""
-COMPACT_BELOW = 0.7
-"""When fewer than this share of the batch still runs, the finished ones are dropped from the cache."""
+STEP_ROWS = 512
+"""Most rows of one forward: decoded ones first, prompt pieces in what is left."""
+TOGETHER = 64
+"""Answers in progress at once in :meth:`Engine.generate`; the next begins when one ends."""
+
+
+@dataclass(eq=False, slots=True)
+class _Session:
+    sequence: int
+    tenant: str
+    queue: deque[Tensor] = field(default_factory=deque)
+    """Embedded rows that wait for a forward."""
+    queued: int = 0
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    """Final-normed hidden state at the end of every fed piece, by the rows before it: an answer can begin there."""
+    answer: AnswerOptions | None = None
+    made: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    """Of the whole pages of the first piece."""
 
 
 class Engine:
-    """Batched generation with one language model."""
+    """Continuous batching over sessions of one language model; not thread-safe."""
 
-    def __init__(self, model: LanguageModel, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, model: LanguageModel, vocabulary: Vocabulary, *, max_pages: int | None = None, prefix_pages: int = 0
+    ) -> None:
+        """Nothing is copied before the first session.
+
+        Args:
+            model: Its weights may change between calls; the engine follows when the next session opens.
+            vocabulary: Which ids an answer may hold.
+            max_pages: Most cache pages of 64 rows; None: as many as memory holds.
+            prefix_pages: Pages of finished prompts kept for later ones that begin alike.
+        """
         self.model, self.vocabulary = model, vocabulary
         self.config = model.config
+        weight = model.model.embed_tokens.weight
+        self.device = weight.device
+        self.cache = LatentCache(self.config, max_pages=max_pages, dtype=weight.dtype, device=str(weight.device))
+        self.prefixes = PrefixStore(self.cache, prefix_pages)
+        self._sampler = RowSampler(vocabulary, self.config.vocab_size, self.config.codec_vocab_size, self.device)
+        self._sessions: dict[int, _Session] = {}
+        self._answering: list[int] = []
+        self._seen: tuple[object, ...] = ()
 
-    @torch.no_grad()
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """Answer all requests, in their order.
 
@@ -47,171 +78,311 @@ class Engine:
             RequestError: an empty prompt, no room to answer, or features that do not fit their rows.
         """
         for request in requests:
-            self._check(request)
-        if not requests:
-            return []
-        # Sorted by length, sequences that read equally many keys stand side by side in the cache.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].ids_T5))
-        sorted_requests = [requests[i] for i in order]
+            self._check_rows(request.ids_T5, request.features, 0)
+            self._check_answer(len(request.ids_T5), request)
+        waiting = deque(enumerate(requests))
         rows: list[list[Tensor]] = [[] for _ in requests]
         finished = [False] * len(requests)
-        cache, hidden_BH = self.prefill(sorted_requests)
-        sampler = RowSampler(self.model, self.vocabulary, sorted_requests)
-        alive, owner = torch.ones(len(order), dtype=torch.bool), torch.tensor(order)
-        while True:
-            ids_B5, ended_B = sampler.next_rows(hidden_BH)
-            for index in alive.nonzero().flatten().tolist():
-                rows[int(owner[index])].append(ids_B5[index])
-                finished[int(owner[index])] |= bool(ended_B[index])
-            alive = alive & ~ended_B.cpu() & (sampler.limit_B.cpu() > sampler.row)
-            if not bool(alive.any()):
-                break
-            if float(alive.float().mean()) < COMPACT_BELOW:
-                kept = alive.nonzero().flatten()
-                cache, ids_B5, owner, alive = cache.fork(kept.tolist()), ids_B5[kept], owner[kept], alive[kept]
-                sampler.keep(kept)
-            hidden_BH = self.decode(cache, ids_B5)
+        going: dict[int, int] = {}
+        try:
+            while waiting or going:
+                while waiting and len(going) < TOGETHER:
+                    index, request = waiting.popleft()
+                    session = self.open()
+                    going[session] = index
+                    self.feed(session, request.ids_T5, request.features)
+                    self.answer(session, request)
+                for session, made in self.step(going).items():
+                    rows[going[session]].append(made.ids_5)
+                    if made.last:
+                        finished[going.pop(session)] = made.ended
+                        self.close(session)
+        finally:
+            for session in going:
+                self.close(session)
         return [
-            Generation(ids_R5=torch.stack(answer).cpu(), finished=done)
-            for answer, done in zip(rows, finished, strict=True)
+            Generation(ids_R5=torch.stack(answer), finished=done) for answer, done in zip(rows, finished, strict=True)
         ]
 
-    @torch.no_grad()
-    def prefill(self, requests: Sequence[GenerationRequest]) -> tuple[LatentCache, Tensor]:
-        """Run prompts through the model.
+    def prefill(self, requests: Sequence[GenerationRequest]) -> tuple[list[int], Tensor]:
+        """Open a session for each prompt and run it.
 
         Returns:
-            A cache of one sequence per request, and [B, H]: the final-normed hidden state of each last row.
+            The sessions, and [B, H]: the final-normed hidden state of each last row.
         """
-        weight = self.model.model.embed_tokens.weight
-        cache = LatentCache(self.config, len(requests), dtype=weight.dtype, device=str(weight.device))
-        cache.reserve(max(len(r.ids_T5) for r in requests) + 1)
-        last = []
-        for start, end in _packs([len(r.ids_T5) for r in requests]):
-            last.append(self._prefill_pack(cache, requests[start:end], start))
-        cache.append([len(r.ids_T5) for r in requests])
-        return cache, row_padded(self.model.model.norm, torch.cat(last))
+        sessions = [self.open() for _ in requests]
+        for session, request in zip(sessions, requests, strict=True):
+            self.feed(session, request.ids_T5, request.features)
+        while any(self._sessions[session].queue for session in sessions):
+            self.step(sessions)
+        return sessions, torch.stack([self.hidden(session) for session in sessions])
 
-    @torch.no_grad()
-    def decode(self, cache: LatentCache, ids_B5: Tensor) -> Tensor:
-        """Append one row to every sequence of the cache.
+    def open(self, tenant: str = "") -> int:
+        """A new empty session; prefixes are shared inside a tenant only."""
+        seen = fingerprint(self.model)
+        if seen != self._seen:
+            self.prefixes.clear()
+            self._forward = RowForward(row_weights(self.model), self.model.rope_base, self.cache)
+            self._seen = seen
+        session = self.cache.open()
+        self._sessions[session] = _Session(session, tenant)
+        return session
+
+    def close(self, session: int) -> None:
+        """Free a session's pages, whatever it was doing."""
+        self.cancel(session)
+        del self._sessions[session]
+        self.cache.close(session)
+
+    def fork(self, session: int) -> int:
+        """A session with the same rows, sharing their pages; a waiting piece or answer is not taken along."""
+        entry, other = self._sessions[session], self.cache.fork(session)
+        self._sessions[other] = _Session(other, entry.tenant, hidden=dict(entry.hidden))
+        return other
+
+    @property
+    def sessions(self) -> tuple[int, ...]:
+        """Open sessions."""
+        return tuple(self._sessions)
+
+    def length(self, session: int) -> int:
+        """Rows of a session, those that wait for a forward included."""
+        return self.cache.length(session) + self._sessions[session].queued
+
+    def waiting(self, session: int) -> bool:
+        """Whether fed rows wait for a forward."""
+        return bool(self._sessions[session].queue)
+
+    def ready(self, session: int) -> bool:
+        """Whether an answer can begin at the last row: a fed piece ends there and has been run, or will be."""
+        entry = self._sessions[session]
+        return bool(entry.queue) or self.cache.length(session) in entry.hidden
+
+    def hidden(self, session: int) -> Tensor:
+        """[H] final-normed hidden state of the last row, which an answer begins from.
+
+        Raises:
+            RequestError: no piece ends there (nothing fed, or cropped into the middle of one).
+        """
+        length = self.cache.length(session)
+        found = self._sessions[session].hidden.get(length)
+        if found is None:
+            raise RequestError(f"no fed piece ends at row {length}, so no answer can begin there; feed a row first")
+        return found
+
+    def feed(self, session: int, ids_T5: Tensor, features: Sequence[tuple[int, Tensor]] = ()) -> None:
+        """Append prompt rows; the next steps run them, in pieces beside other sessions' rows.
 
         Args:
-            cache: Grown by one row per sequence.  ids_B5: The rows.
-        Returns:
-            [B, H] final-normed hidden states of these rows.
+            session: Without an answer in progress.
+            ids_T5: [T, 5] rows, codec rows filled.
+            features: (first row, [n, H]) of every media span, rows counted from the first of these.
+        Raises:
+            RequestError: rows or features that do not fit.  ResourceError: not enough cache pages are free.
         """
-        batch = len(cache.lengths)
-        cache.reserve(max(cache.lengths) + 1)
-        x_BH = self.model.embed_rows(ids_B5)
-        tiled = batch + -batch % ROW_TILE
-        x_BH = torch.cat([x_BH, x_BH.new_zeros(tiled - batch, x_BH.shape[1])])
-        position_B = torch.tensor([*cache.lengths, *[0] * (tiled - batch)], device=x_BH.device)
-        heads = self.config.num_attention_heads
-        turn = Turn(*rope_tables(position_B, self.config.qk_rope_head_dim, self.model.rope_base))
-        head_turn = turn.select(torch.arange(tiled, device=x_BH.device).repeat_interleave(heads))
-        groups = list(_key_groups(cache.lengths))
-        sequence_B = torch.arange(batch, device=x_BH.device)
+        entry = self._sessions[session]
+        if entry.answer is not None:
+            raise RequestError(f"session {session} is answering; cancel the answer or wait for its end before feeding")
+        self._check_rows(ids_T5, features, self.length(session))
+        self._admit(session, len(ids_T5))
+        ids_T5 = ids_T5.to(self.device)
+        with torch.no_grad():
+            x_TH = self.model.embed_rows(ids_T5)
+            for offset, values_NH in features:
+                x_TH[offset : offset + len(values_NH)] = values_NH.to(x_TH)
+        if self.prefixes.max_pages and self.length(session) == 0:
+            entry.keys = page_keys(ids_T5, features, entry.tenant)
+            # One row at least is computed, for its hidden state.
+            pages = self.prefixes.match(entry.keys[: (len(ids_T5) - 1) // PAGE_ROWS])
+            self.cache.adopt(session, pages, len(pages) * PAGE_ROWS)
+            x_TH = x_TH[len(pages) * PAGE_ROWS :]
+        entry.queue.append(x_TH)
+        entry.queued += len(x_TH)
 
-        def attend(slot: int, attention: LatentAttention, x: Tensor) -> Tensor:
-            q_Bhd, latent_BC, k_rope_BR = attention.project(x)
-            head_turn.apply_(q_Bhd.flatten(0, 1)[:, attention.nope :])
-            k_rope_BR = k_rope_BR.contiguous()
-            turn.apply_(k_rope_BR)
-            kept_BX = torch.cat([latent_BC, k_rope_BR], dim=1)
-            cache.write(slot, sequence_B, position_B[:batch], kept_BX[:batch])
-            absorbed_BhC = attention.absorb_query(q_Bhd[..., : attention.nope])
-            query_BhX = torch.cat([absorbed_BhC, q_Bhd[..., attention.nope :]], dim=2)
-            mixed_BhC = query_BhX.new_zeros(tiled, heads, cache.rank)
-            for start, end, length in groups:
-                mixed_BhC[start:end] = _read(cache, slot, start, end, length, query_BhX, position_B)
-            return attention.absorb_value(mixed_BhC)
+    def answer(self, session: int, options: AnswerOptions) -> None:
+        """Begin to answer; :meth:`step` makes the rows, after those that still wait.
 
-        hidden_BH, _ = self.model.run_layers(x_BH, attend, tiled_experts)
-        cache.append([1] * batch)
-        normed_BH: Tensor = self.model.model.norm(hidden_BH)
-        return normed_BH[:batch]
+        Raises:
+            RequestError: no room, or an answer is in progress.  ResourceError: not enough cache pages are free.
+        """
+        entry = self._sessions[session]
+        if entry.answer is not None:
+            raise RequestError(f"session {session} is answering already; cancel that answer first")
+        self._check_answer(self.length(session), options)
+        if not entry.queue:
+            self.hidden(session)
+        self._admit(session, options.max_tokens)
+        entry.answer, entry.made = options, 0
+        self._answering.append(session)
+        self._sampler.add(options)
 
-    def _prefill_pack(self, cache: LatentCache, requests: Sequence[GenerationRequest], first: int) -> Tensor:
-        lengths = [len(r.ids_T5) for r in requests]
-        total = sum(lengths)
-        # One more sequence of filler rows makes the row count a multiple of 16.
-        filler = -total % ROW_TILE
-        device = self.model.model.embed_tokens.weight.device
-        ids_T5 = torch.cat([*[r.ids_T5.to(device) for r in requests], torch.full((filler, 5), 3, device=device)])
-        x_TH = self.model.embed_rows(ids_T5)
-        cu_seqlens, base = [0], 0
-        for request, length in zip(requests, lengths, strict=True):
-            for offset, features in request.features:
-                x_TH[base + offset : base + offset + len(features)] = features.to(x_TH)
-            base += length
-            cu_seqlens.append(base)
-        if filler:
-            cu_seqlens.append(total + filler)
-        packed = [*lengths, *([filler] if filler else [])]
-        position_T = torch.cat([torch.arange(n, device=device) for n in packed])
-        sequence_T = torch.repeat_interleave(torch.tensor(packed, device=device))[:total] + first
-        turn = Turn(*rope_tables(position_T, self.config.qk_rope_head_dim, self.model.rope_base))
-        layout = packed_layout(cu_seqlens, self.config.num_attention_heads, turn)
+    def cancel(self, session: int) -> None:
+        """End an answer in progress and drop rows that wait; rows that were run stay."""
+        entry = self._sessions[session]
+        entry.queue.clear()
+        entry.queued = 0
+        if entry.answer is not None:
+            self._end([session])
 
-        def attend(slot: int, attention: LatentAttention, x: Tensor) -> Tensor:
-            q_Thd, latent_TC, k_rope_TR = attention.project(x)
-            turned_TR = k_rope_TR.clone(memory_format=torch.contiguous_format)
-            turn.apply_(turned_TR)
-            cache.write(slot, sequence_T, position_T[:total], torch.cat([latent_TC, turned_TR], dim=1)[:total])
-            return attention.attend_packed(q_Thd, latent_TC, k_rope_TR, layout)
+    def crop(self, session: int, rows: int) -> None:
+        """Forget a session's rows from ``rows`` on, and whatever it was doing.
 
-        hidden_TH, _ = self.model.run_layers(x_TH, attend, tiled_experts)
-        ends = torch.tensor(cu_seqlens[1 : len(requests) + 1], device=device) - 1
-        return hidden_TH.index_select(0, ends)
+        Raises:
+            ValueError: fewer rows were run.
+        """
+        self.cancel(session)
+        self.cache.crop(session, rows)
+        entry = self._sessions[session]
+        entry.hidden = {length: hidden for length, hidden in entry.hidden.items() if length <= rows}
+        entry.keys = entry.keys[: rows // PAGE_ROWS]
 
-    def _check(self, request: GenerationRequest) -> None:
-        rows = len(request.ids_T5)
-        if rows == 0:
-            raise RequestError("a prompt has no rows; it ends at least in the role that answers")
+    @torch.inference_mode()
+    def step(self, sessions: Iterable[int] | None = None) -> dict[int, MadeRow]:
+        """Choose one row for every answer whose prompt has been run, then run these rows and pieces of prompts.
+
+        Args:
+            sessions: Only these; None: all.
+        Returns:
+            The row of every session that made one.  An answer's last row is not run: feed it with the next turn.
+        """
+        wanted = list(self._sessions if sessions is None else sessions)
+        made, ids_B5 = self._choose(set(wanted))
+        going = [(session, place) for place, session in enumerate(made) if not made[session].last]
+        spans = [(session, 1) for session, _ in going]
+        parts = [self._embed(ids_B5[[place for _, place in going]])] if going and ids_B5 is not None else []
+        room = STEP_ROWS - len(spans)
+        for session in wanted:
+            room -= self._take_piece(session, room, spans, parts)
+        if spans:
+            last_SH = self._forward.advance(torch.cat(parts), spans)
+            for (session, _), hidden_H in zip(spans, last_SH.unbind(0), strict=True):
+                self._arrived(session, hidden_H)
+        self._end([session for session, row in made.items() if row.last])
+        return made
+
+    @torch.inference_mode()
+    def logprob(self, made: MadeRow, alternatives: int = 0) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """Log-probability of a row's text id under the model's own distribution, and the likeliest ids with theirs."""
+        hidden_2H = torch.stack([made.hidden_H, made.hidden_H])
+        logprobs_V = product(hidden_2H, self._forward.weights.text_head)[0].float().log_softmax(dim=-1)
+        best = logprobs_V.topk(alternatives) if alternatives else None
+        pairs = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return float(logprobs_V[int(made.ids_5[0])]), pairs
+
+    def _choose(self, wanted: set[int]) -> tuple[dict[int, MadeRow], Tensor | None]:
+        places = [
+            place
+            for place, session in enumerate(self._answering)
+            if session in wanted and not self._sessions[session].queue
+        ]
+        if not places:
+            return {}, None
+        sessions = [self._answering[place] for place in places]
+        hidden_BH = torch.stack([self.hidden(session) for session in sessions])
+        part = None if len(places) == len(self._answering) else places
+        ids_B5, ended_B = self._sampler.next_rows(hidden_BH, self._forward.weights, part)
+        made = {}
+        for session, ids_5, ended, hidden_H in zip(
+            sessions, ids_B5.cpu().unbind(0), ended_B.tolist(), hidden_BH.unbind(0), strict=True
+        ):
+            entry = self._sessions[session]
+            assert entry.answer is not None
+            entry.made += 1
+            full = entry.made >= entry.answer.max_tokens
+            made[session] = MadeRow(ids_5=ids_5, ended=ended, full=full, hidden_H=hidden_H)
+        return made, ids_B5
+
+    def _embed(self, ids_B5: Tensor) -> Tensor:
+        if not self._sampler.any_voice:
+            return self.model.model.embed_tokens.weight.index_select(0, ids_B5[:, 0])
+        return self.model.embed_rows(ids_B5)
+
+    def _take_piece(self, session: int, room: int, spans: list[tuple[int, int]], parts: list[Tensor]) -> int:
+        """Move up to ``room`` waiting rows of one fed piece into the forward; how many."""
+        entry = self._sessions[session]
+        if not entry.queue or room <= 0:
+            return 0
+        piece_TH = entry.queue.popleft()
+        if len(piece_TH) > room:
+            entry.queue.appendleft(piece_TH[room:])
+            piece_TH = piece_TH[:room]
+        entry.queued -= len(piece_TH)
+        spans.append((session, len(piece_TH)))
+        parts.append(piece_TH)
+        return len(piece_TH)
+
+    def _arrived(self, session: int, hidden_H: Tensor) -> None:
+        entry, length = self._sessions[session], self.cache.length(session)
+        if entry.answer is not None and entry.made > 1:
+            # Inside an answer only the newest is of use; ends of pieces stay, to crop back to.
+            entry.hidden.pop(length - 1, None)
+        entry.hidden[length] = hidden_H
+        if entry.keys:
+            for place, key in enumerate(entry.keys[: length // PAGE_ROWS]):
+                self.prefixes.keep(key, self.cache.pages(session)[place])
+            if length // PAGE_ROWS >= len(entry.keys):
+                entry.keys = []
+
+    def _end(self, sessions: Sequence[int]) -> None:
+        if not sessions:
+            return
+        for session in sessions:
+            self._sessions[session].answer = None
+        kept = [place for place, session in enumerate(self._answering) if session not in set(sessions)]
+        self._answering = [self._answering[place] for place in kept]
+        self._sampler.keep(kept)
+
+    def _admit(self, session: int, rows: int) -> None:
+        """Refuse before anything runs, so that an answer once begun never lacks a page."""
+        limit = self.cache.max_pages
+        if limit is None:
+            return
+        needed = 0
+        for name, entry in self._sessions.items():
+            left = entry.answer.max_tokens - entry.made if entry.answer is not None else 0
+            total = self.length(name) + left + (rows if name == session else 0)
+            # One page more than it fills: its own copy of a shared one.
+            needed += -(-total // PAGE_ROWS) + 1 if total else 0
+        while needed + len(self.prefixes) > limit and self.prefixes.drop():
+            pass
+        if needed > limit:
+            raise ResourceError(
+                f"{rows} more rows would take the latent cache to {needed} pages of {PAGE_ROWS} rows, yet it has "
+                f"{limit}; close sessions, ask for fewer tokens, or allow more pages"
+            )
+
+    def _check_answer(self, rows: int, options: AnswerOptions) -> None:
         room = self.config.max_position_embeddings - rows
-        if request.max_tokens < 1 or request.max_tokens > room:
+        if options.max_tokens < 1 or options.max_tokens > room:
             raise RequestError(
-                f"max_tokens is {request.max_tokens} after a prompt of {rows} rows, yet the model has "
+                f"max_tokens is {options.max_tokens} after a prompt of {rows} rows, yet the model has "
                 f"{self.config.max_position_embeddings} positions; choose 1..{max(room, 0)}"
             )
-        if request.voice and not self.vocabulary.code_sizes:
+        if options.voice and not self.vocabulary.code_sizes:
             raise RequestError("this model has no codec heads, so it cannot answer in speech; ask with voice=False")
-        for offset, features in request.features:
-            if offset < 0 or offset + len(features) > rows or features.shape[1] != self.config.hidden_size:
+
+    def _check_rows(self, ids_T5: Tensor, features: Sequence[tuple[int, Tensor]], before: int) -> None:
+        rows = len(ids_T5)
+        if rows == 0:
+            raise RequestError("a prompt has no rows; it ends at least in the role that answers")
+        if before + rows > self.config.max_position_embeddings:
+            raise RequestError(
+                f"{rows} rows after {before} do not fit the model's {self.config.max_position_embeddings} positions; "
+                "send less"
+            )
+        sizes = [self.config.vocab_size, *[max(self.config.codec_vocab_size, AUDIO_PAD + 1)] * (ids_T5.shape[1] - 1)]
+        low, high = ids_T5.amin(dim=0).tolist(), ids_T5.amax(dim=0).tolist()
+        for column, size in enumerate(sizes):
+            if low[column] < 0 or high[column] >= size:
                 raise RequestError(
-                    f"features of shape {list(features.shape)} at row {offset} do not fit a prompt of {rows} rows of "
+                    f"ids of column {column} run from {low[column]} to {high[column]}, yet its table has {size}; "
+                    "use the checkpoint's own tokenizer and codec"
+                )
+        for offset, values_NH in features:
+            if offset < 0 or offset + len(values_NH) > rows or values_NH.shape[1] != self.config.hidden_size:
+                raise RequestError(
+                    f"features of shape {list(values_NH.shape)} at row {offset} do not fit a prompt of {rows} rows of "
                     f"width {self.config.hidden_size}"
                 )
-
-
-def _packs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of requests whose rows fit one prefill forward; a longer prompt stands alone."""
-    start, filled = 0, 0
-    for index, length in enumerate(lengths):
-        if filled and filled + length > PREFILL_ROWS:
-            yield start, index
-            start, filled = index, 0
-        filled += length
-    yield start, len(lengths)
-
-
-def _key_groups(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Consecutive sequences that read equally many cached keys: (first, last + 1, keys), the new row included."""
-    start = 0
-    tiles = [(length + KEY_TILE) // KEY_TILE * KEY_TILE for length in lengths]
-    for index in range(1, len(tiles) + 1):
-        if index == len(tiles) or tiles[index] != tiles[start]:
-            yield start, index, tiles[start]
-            start = index
-
-
-def _read(
-    cache: LatentCache, slot: int, start: int, end: int, length: int, query_BhX: Tensor, position_B: Tensor
-) -> Tensor:
-    """Attention of one new row over its sequence's cache: [end - start, h, C]."""
-    keys_GLX = cache.keys(slot, start, end, length)
-    scores = torch.bmm(query_BhX[start:end], keys_GLX.transpose(1, 2))
-    unseen_GL = torch.arange(length, device=scores.device) > position_B[start:end, None]
-    probs = scores.masked_fill_(unseen_GL.unsqueeze(1), float("-inf")).softmax(dim=-1)
-    return torch.bmm(probs, keys_GLX[..., : cache.rank])
+            if not bool(torch.isfinite(values_NH).all()):
+                raise RequestError(f"features at row {offset} hold values that are not finite; check the media")

@@ -8,13 +8,9 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
-    """One prompt and how to answer it."""
+class AnswerOptions:
+    """How to answer."""
 
-    ids_T5: Tensor
-    """[T, 5] int64 prompt rows, ending in the generation prompt; codec rows already filled."""
-    features: tuple[tuple[int, Tensor], ...] = ()
-    """(first row, [n, H] encoder features) of every media span that is not codec ids."""
     voice: bool = False
     """Answer with text and codec rows in parallel instead of text alone."""
     max_tokens: int = 64
@@ -26,6 +22,16 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest(AnswerOptions):
+    """One prompt and how to answer it."""
+
+    ids_T5: Tensor
+    """[T, 5] int64 prompt rows, ending in the generation prompt; codec rows already filled."""
+    features: tuple[tuple[int, Tensor], ...] = ()
+    """(first row, [n, H] encoder features) of every media span that is not codec ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """One answer."""
 
@@ -33,3 +39,22 @@ class Generation:
     """[R, 5] int64 generated rows, the ending row included."""
     finished: bool
     """True: ended by itself; False: cut at max_tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeRow:
+    """What one step made for one session."""
+
+    ids_5: Tensor
+    """Generated ids."""
+    ended: bool
+    """The answer ended with this row."""
+    full: bool
+    """The answer reached its limit with this row."""
+    hidden_H: Tensor
+    """Final-normed hidden state that the row was chosen from."""
+
+    @property
+    def last(self) -> bool:
+        """No row follows."""
+        return self.ended or self.full

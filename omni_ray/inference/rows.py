@@ -5,24 +5,25 @@ segments; in a segment of N frames (N + 1 rows) the text column holds the words,
 then text-pads, and the acoustic ids come one row after their semantic id (models.md section 3.1).
 """
 
-# B sequences, V ids of a head, W frames looked back upon
+# B answers in progress, V ids of a head, W frames looked back upon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from omni_ray.config.model import CodecConfig
 from omni_ray.data.tokenizer import Tokenizer
-from omni_ray.inference.requests import GenerationRequest
-from omni_ray.models.layers import row_padded
-from omni_ray.models.llm import LanguageModel
+from omni_ray.inference.requests import AnswerOptions
+from omni_ray.inference.row_weights import RowWeights, product
 from omni_ray.models.sampling import REPETITION_FRAMES, allowed_mask, choose, penalise_repeats
 from omni_ray.types.batch import AUDIO_EOS, AUDIO_PAD, AUDIO_RESERVED, NUM_CODEBOOKS
+
+HEADS = 1 + NUM_CODEBOOKS
+STATE = ("voice_B", "temperature_B", "in_segment_B", "words_ended_B", "paused_B", "recent_B4W")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,66 +54,116 @@ class Vocabulary:
         )
 
 
-class RowSampler:
-    """State of B answers in progress; :meth:`next_rows` chooses one row for each."""
+class _Draws:
+    """Numbers in [0, 1) of one request, row after row, from its own seed; none are made for a greedy one."""
 
-    def __init__(self, model: LanguageModel, vocabulary: Vocabulary, requests: Sequence[GenerationRequest]) -> None:
-        self.model, self.vocabulary = model, vocabulary
-        device = model.model.embed_tokens.weight.device
-        count, size = len(requests), model.config.vocab_size
+    def __init__(self, options: AnswerOptions) -> None:
+        self._generator = torch.Generator().manual_seed(options.seed) if options.temperature > 0 else None
+
+    def next_row(self) -> Tensor:
+        if self._generator is None:
+            return torch.zeros(HEADS)
+        return torch.rand(HEADS, generator=self._generator)
+
+
+class RowSampler:
+    """State of the answers in progress; :meth:`next_rows` chooses one row for each.  Answers come and go."""
+
+    def __init__(self, vocabulary: Vocabulary, text_size: int, codec_size: int, device: torch.device) -> None:
+        self.vocabulary, self._device = vocabulary, device
         words, eos = list(vocabulary.text_ids), vocabulary.eos_id
-        self._text_mask = allowed_mask(size, [*words, eos], device)
-        self._voice_mask = allowed_mask(size, [*words, eos, vocabulary.pause_id, vocabulary.pad_id], device)
-        self._pad_mask = allowed_mask(size, [vocabulary.pad_id], device)
+        self._text_mask = allowed_mask(text_size, [*words, eos], device)
+        self._voice_mask = allowed_mask(text_size, [*words, eos, vocabulary.pause_id, vocabulary.pad_id], device)
+        self._pad_mask = allowed_mask(text_size, [vocabulary.pad_id], device)
         self._code_masks = [
-            allowed_mask(model.config.codec_vocab_size, range(AUDIO_RESERVED, AUDIO_RESERVED + codes), device)
+            allowed_mask(codec_size, range(AUDIO_RESERVED, AUDIO_RESERVED + codes), device)
             for codes in vocabulary.code_sizes
         ]
-        self.voice_B = torch.tensor([r.voice for r in requests], dtype=torch.bool, device=device)
-        self.temperature_B = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
-        self.limit_B = torch.tensor([r.max_tokens for r in requests], dtype=torch.int64, device=device)
-        self._uniforms = _uniforms(requests, device)
-        self.row = 0
-        self.in_segment_B = torch.zeros(count, dtype=torch.int64, device=device)
-        self.words_ended_B = torch.zeros(count, dtype=torch.bool, device=device)
-        self.paused_B = torch.zeros(count, dtype=torch.bool, device=device)
-        self.recent_B4W = torch.full((count, NUM_CODEBOOKS, REPETITION_FRAMES), -1, dtype=torch.int64, device=device)
+        self._draws: list[_Draws] = []
+        self.any_voice = self.any_drawn = False
+        self.voice_B = torch.zeros(0, dtype=torch.bool, device=device)
+        self.temperature_B = torch.zeros(0, device=device)
+        self.in_segment_B = torch.zeros(0, dtype=torch.int64, device=device)
+        self.words_ended_B = torch.zeros(0, dtype=torch.bool, device=device)
+        self.paused_B = torch.zeros(0, dtype=torch.bool, device=device)
+        self.recent_B4W = torch.zeros(0, NUM_CODEBOOKS, REPETITION_FRAMES, dtype=torch.int64, device=device)
 
-    def next_rows(self, hidden_BH: Tensor) -> tuple[Tensor, Tensor]:
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    def add(self, options: AnswerOptions) -> None:
+        """One more answer, behind the others."""
+        self._draws.append(_Draws(options))
+        fresh = {
+            "voice_B": options.voice,
+            "temperature_B": options.temperature,
+            "in_segment_B": 0,
+            "words_ended_B": False,
+            "paused_B": False,
+            "recent_B4W": -1,
+        }
+        for name in STATE:
+            held = getattr(self, name)
+            setattr(self, name, torch.cat([held, held.new_full((1, *held.shape[1:]), fresh[name])]))
+        self._look()
+
+    def keep(self, index: list[int]) -> None:
+        """Go on with these answers only, in this order."""
+        self._draws = [self._draws[i] for i in index]
+        rows = torch.tensor(index, dtype=torch.int64, device=self._device)
+        for name in STATE:
+            setattr(self, name, getattr(self, name).index_select(0, rows))
+        self._look()
+
+    def next_rows(self, hidden_BH: Tensor, weights: RowWeights, part: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Choose the next row of every answer.
 
         Args:
-            hidden_BH: Final-normed hidden state of each answer's last row.
+            hidden_BH: Final-normed hidden state of each answer's last row.  weights: For the heads.
+            part: Which answers these are; None: all.
         Returns:
             ids [B, 5], and [B] bool: this row ended the answer.
         """
-        ids_B5 = torch.full((len(hidden_BH), 1 + NUM_CODEBOOKS), AUDIO_PAD, dtype=torch.int64, device=hidden_BH.device)
-        ids_B5[:, 0] = self._text(hidden_BH)
+        if part is None:
+            return self._next_rows(hidden_BH, weights)
+        some = copy.copy(self)
+        some.keep(part)
+        made = some._next_rows(hidden_BH, weights)
+        rows = torch.tensor(part, device=self._device)
+        for name in STATE:
+            setattr(self, name, getattr(self, name).index_copy(0, rows, getattr(some, name)))
+        return made
+
+    def _next_rows(self, hidden_BH: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
+        count = len(hidden_BH)
+        padded = weights.padded(count)
+        if padded > count:
+            hidden_BH = torch.cat([hidden_BH, hidden_BH.new_zeros(padded - count, hidden_BH.shape[1])])
+        uniform_B5 = torch.zeros(1, 1, device=self._device).expand(count, HEADS)
+        if self.any_drawn:
+            uniform_B5 = torch.stack([draws.next_row() for draws in self._draws]).to(self._device)
+        ids_B5 = torch.full((count, HEADS), AUDIO_PAD, dtype=torch.int64, device=hidden_BH.device)
+        logits_BV = product(hidden_BH, weights.text_head)[:count].float()
+        if not self.any_voice:
+            text_B = self._choose(logits_BV.add_(self._text_mask), uniform_B5[:, 0])
+            ids_B5[:, 0] = text_B
+            return ids_B5, text_B == self.vocabulary.eos_id
+        ids_B5[:, 0] = self._text(logits_BV, uniform_B5[:, 0])
         ended_B = ~self.voice_B & (ids_B5[:, 0] == self.vocabulary.eos_id)
-        if bool(self.voice_B.any()):
-            ended_B = ended_B | self._speech(hidden_BH, ids_B5)
-        self.row += 1
-        return ids_B5, ended_B
+        raw_BV = [product(hidden_BH, head)[:count].float() for head in weights.audio_heads]
+        return ids_B5, ended_B | self._speech(raw_BV, uniform_B5, ids_B5)
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with these answers only."""
-        for name in (
-            "voice_B",
-            "temperature_B",
-            "limit_B",
-            "in_segment_B",
-            "words_ended_B",
-            "paused_B",
-            "recent_B4W",
-            "_uniforms",
-        ):
-            setattr(self, name, getattr(self, name).index_select(0, index))
+    def _look(self) -> None:
+        self.any_voice = bool(self.voice_B.any())
+        self.any_drawn = bool((self.temperature_B > 0).any())
 
-    def _text(self, hidden_BH: Tensor) -> Tensor:
-        logits_BV = row_padded(self.model.text_logits, hidden_BH).float()
+    def _choose(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+        return choose(logits_BV, self.temperature_B, uniform_B) if self.any_drawn else logits_BV.argmax(dim=-1)
+
+    def _text(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         mask_BV = torch.where(self.voice_B.unsqueeze(1), self._voice_mask, self._text_mask)
         mask_BV = torch.where((self.voice_B & self.words_ended_B).unsqueeze(1), self._pad_mask, mask_BV)
-        text_B = choose(logits_BV + mask_BV, self.temperature_B, self._uniforms[:, self.row, 0])
+        text_B = self._choose(logits_BV + mask_BV, uniform_B)
         paused_B = text_B == self.vocabulary.pause_id
         # A text-pad before any end token also ends the words: nothing but pads follows in a segment.
         ends_B = paused_B | (text_B == self.vocabulary.eos_id) | (text_B == self.vocabulary.pad_id)
@@ -120,16 +171,15 @@ class RowSampler:
         self.words_ended_B = self.words_ended_B | (self.voice_B & ends_B)
         return text_B
 
-    def _speech(self, hidden_BH: Tensor, ids_B5: Tensor) -> Tensor:
+    def _speech(self, raw: list[Tensor], uniform_B5: Tensor, ids_B5: Tensor) -> Tensor:
         first_B = self.in_segment_B == 0
-        for codebook, code_mask in enumerate(self._code_masks):
-            raw_BV = row_padded(partial(self.model.audio_logits, codebook=codebook), hidden_BH).float()
+        for codebook, (raw_BV, code_mask) in enumerate(zip(raw, self._code_masks, strict=True)):
             logits_BV = penalise_repeats(raw_BV, self.recent_B4W[:, codebook]) + code_mask
             if codebook == 0:
                 # A segment has a frame at least, and its words end no later than its sound.
                 may_end_B = ~first_B & self.words_ended_B
                 logits_BV[:, AUDIO_EOS] = torch.where(may_end_B, raw_BV[:, AUDIO_EOS], float("-inf"))
-            chosen_B = choose(logits_BV, self.temperature_B, self._uniforms[:, self.row, 1 + codebook])
+            chosen_B = self._choose(logits_BV, uniform_B5[:, 1 + codebook])
             due_B = self.voice_B if codebook == 0 else self.voice_B & ~first_B
             ids_B5[:, 1 + codebook] = torch.where(due_B, chosen_B, AUDIO_PAD)
         codes_B4 = ids_B5[:, 1:]
@@ -141,16 +191,3 @@ class RowSampler:
         self.words_ended_B = self.words_ended_B & ~again_B
         self.paused_B = self.paused_B & ~again_B
         return segment_ends_B & ~again_B
-
-
-def _uniforms(requests: Sequence[GenerationRequest], device: torch.device) -> Tensor:
-    """[B, rows, heads] draws in [0, 1), each request's from its own seed."""
-    rows, heads = max(r.max_tokens for r in requests), 1 + NUM_CODEBOOKS
-    if not any(r.temperature > 0 for r in requests):
-        return torch.zeros(1, device=device).expand(len(requests), rows, heads)
-    draws = torch.zeros(len(requests), rows, heads)
-    for draw, request in zip(draws, requests, strict=True):
-        generator = torch.Generator().manual_seed(request.seed)
-        # Row by row, so that a longer limit continues the same draws.
-        draw[: request.max_tokens] = torch.rand(request.max_tokens, heads, generator=generator)
-    return draws.to(device)

@@ -78,7 +78,7 @@ def rollbacks(checkpoint: Path, count: int, seed: int) -> dict[str, Any]:
 def batch(checkpoint: Path, sessions: int, steps: int) -> float:
     """Generated rows per second with this many sessions in one batch."""
     model = load_model(checkpoint)
-    engine = SessionEngine(model.language, model.engine.vocabulary)
+    engine = SessionEngine(model.engine)
     names = [f"s{i}" for i in range(sessions)]
     prompt = Rows.of_text(model.tokenizer.encode("USER:which digit is it\nVOICE ASSISTANT:"))
     for number, name in enumerate(names):

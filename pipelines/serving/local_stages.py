@@ -24,7 +24,7 @@ class LocalStages:
     def __init__(self, model: OmniModel) -> None:
         self.model = model
         self.ears, self.mouth = AudioRoom(model.audio), SpeechRoom(model.codec)
-        self.language = LanguageLoop(SessionEngine(model.language, model.engine.vocabulary))
+        self.language = LanguageLoop(SessionEngine(model.engine))
         self._threads = {name: ThreadPoolExecutor(1, name) for name in ("encode", "hear", "say")}
 
     async def encode(self, modality: Modality, media: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:

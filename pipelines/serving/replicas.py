@@ -162,8 +162,7 @@ class LanguageReplica(WorkerReplica):
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint)
         self.worker.build_engine(Tokenizer.load(Path(checkpoint) / "tokenizer.json"))
-        engine = self.worker.engine
-        self._loop = LanguageLoop(SessionEngine(engine.model, engine.vocabulary))
+        self._loop = LanguageLoop(SessionEngine(self.worker.engine))
 
     async def extend(self, session: str, at: int, rows: Rows) -> None:
         """See :meth:`pipelines.serving.stages.Stages.extend`."""

@@ -1,61 +1,162 @@
-"""The latent cache: lengths, crop, fork, growth, bytes."""
+"""The latent cache: pages come back, forks share them until one writes, whatever the order of calls."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from omni_ray.config.model import model_preset
-from omni_ray.inference.cache import LatentCache
+from omni_ray.inference.cache import KEY_TILE, PAGE_ROWS, LatentCache
+from omni_ray.types.errors import ResourceError
 
 CONFIG = model_preset("tiny").language
-WIDTH = 48 + 16
+WIDTH = CONFIG.kv_lora_rank + CONFIG.qk_rope_head_dim
+SLOTS = 2 * CONFIG.num_layers
 
 
-def filled(lengths: list[int]) -> LatentCache:
-    cache = LatentCache(CONFIG, len(lengths))
-    cache.reserve(max(lengths))
-    for slot in range(4):
-        for sequence, length in enumerate(lengths):
-            rows = torch.full((length, WIDTH), float(100 * slot + 10 * sequence)) + torch.arange(length)[:, None]
-            cache.write(slot, torch.full((length,), sequence), torch.arange(length), rows)
-    cache.append(lengths)
-    return cache
+def put(cache: LatentCache, sequence: int, values: list[float]) -> None:
+    """Append rows; slot ``s`` of a row holds its value plus s."""
+    cache.reserve(sequence, len(values))
+    places = torch.tensor(cache.places(sequence, len(values)), dtype=torch.int64)
+    for slot in range(SLOTS):
+        cache.write(slot, places, (torch.tensor(values) + slot)[:, None].expand(-1, WIDTH))
+    cache.append(sequence, len(values))
+
+
+def read(cache: LatentCache, sequence: int, slot: int = 0) -> list[float]:
+    length = cache.length(sequence)
+    keys_LX = cache.keys(slot, sequence, length)
+    assert len(keys_LX) % KEY_TILE == 0
+    assert bool(torch.isfinite(keys_LX).all())
+    return (keys_LX[:length, 0] - slot).tolist()
 
 
 def test_rows_come_back_where_they_were_put_also_after_growth() -> None:
-    cache = filled([3, 7])
-    cache.reserve(200)
-    assert torch.equal(cache.keys(2, 1, 2, 7)[0, :, 0], 210.0 + torch.arange(7))
-    assert torch.equal(cache.keys(3, 0, 1, 3)[0, :, 5], 300.0 + torch.arange(3))
+    cache = LatentCache(CONFIG)
+    first, second = cache.open(), cache.open()
+    put(cache, first, [1.0, 2.0, 3.0])
+    put(cache, second, [float(i) for i in range(3000)])
+    put(cache, first, [4.0])
+    assert read(cache, first, slot=2) == [1.0, 2.0, 3.0, 4.0]
+    assert read(cache, second, slot=3) == [float(i) for i in range(3000)]
 
 
 def test_bytes_count_live_rows_only() -> None:
-    cache = filled([3, 7])
-    assert cache.bytes == 10 * 4 * WIDTH * 4
-    cache.crop(1, 2)
-    assert cache.bytes == 5 * 4 * WIDTH * 4
+    cache = LatentCache(CONFIG)
+    sequence = cache.open()
+    put(cache, sequence, [0.0] * 10)
+    assert cache.bytes == 10 * SLOTS * WIDTH * 4
+    cache.crop(sequence, 5)
+    assert cache.bytes == 5 * SLOTS * WIDTH * 4
 
 
-def test_crop_then_append_equals_never_having_been_longer() -> None:
-    cache = filled([7])
-    cache.crop(0, 4)
-    new = torch.full((1, WIDTH), -1.0)
-    cache.write(0, torch.tensor([0]), torch.tensor([4]), new)
-    cache.append([1])
-    assert cache.lengths == [5]
-    assert torch.equal(cache.keys(0, 0, 1, 5)[0, :, 0], torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0]))
+def test_crop_gives_pages_back_and_what_follows_is_as_if_it_never_had_been_longer() -> None:
+    cache = LatentCache(CONFIG)
+    sequence = cache.open()
+    put(cache, sequence, [float(i) for i in range(70)])
+    cache.crop(sequence, 4)
+    assert cache.pages_held == 1
+    put(cache, sequence, [-1.0])
+    assert read(cache, sequence) == [0.0, 1.0, 2.0, 3.0, -1.0]
 
 
-def test_fork_is_a_copy_of_chosen_sequences() -> None:
-    cache = filled([3, 7, 5])
-    fork = cache.fork([2, 2, 0])
-    fork.write(0, torch.tensor([0]), torch.tensor([0]), torch.zeros(1, WIDTH))
-    assert fork.lengths == [5, 5, 3]
-    assert torch.equal(fork.keys(0, 1, 2, 5)[0, :, 0], 20.0 + torch.arange(5))
-    assert float(cache.keys(0, 2, 3, 1)[0, 0, 0]) == 20.0
+def test_fork_shares_pages_until_one_writes() -> None:
+    cache = LatentCache(CONFIG)
+    sequence = cache.open()
+    put(cache, sequence, [float(i) for i in range(PAGE_ROWS + 6)])
+    fork = cache.fork(sequence)
+    assert cache.pages_held == 2
+    put(cache, fork, [-1.0])
+    assert cache.pages_held == 3
+    put(cache, sequence, [-2.0])
+    assert read(cache, sequence)[-2:] == [69.0, -2.0]
+    assert read(cache, fork)[-2:] == [69.0, -1.0]
+    assert read(cache, fork)[:PAGE_ROWS] == read(cache, sequence)[:PAGE_ROWS]
+
+
+def test_a_full_cache_is_refused_with_its_numbers_and_goes_on_after_a_close() -> None:
+    cache = LatentCache(CONFIG, max_pages=3)
+    first, second = cache.open(), cache.open()
+    put(cache, first, [0.0] * (2 * PAGE_ROWS))
+    with pytest.raises(ResourceError, match="all 3 pages of 64 rows are held by 2 sequences"):
+        cache.reserve(second, 2 * PAGE_ROWS)
+    cache.close(first)
+    put(cache, second, [1.0] * (2 * PAGE_ROWS))
+    assert read(cache, second) == [1.0] * (2 * PAGE_ROWS)
+
+
+def test_a_page_is_zeros_for_its_next_owner() -> None:
+    cache = LatentCache(CONFIG)
+    first = cache.open()
+    put(cache, first, [7.0] * 40)
+    cache.close(first)
+    second = cache.open()
+    put(cache, second, [1.0])
+    assert cache.keys(0, second, 16)[1:].abs().sum() == 0
 
 
 def test_crop_beyond_the_end_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot crop sequence 0 of 3 rows to 4"):
-        filled([3]).crop(0, 4)
+    cache = LatentCache(CONFIG)
+    sequence = cache.open()
+    put(cache, sequence, [0.0] * 3)
+    with pytest.raises(ValueError, match="cannot crop sequence 1 of 3 rows to 4"):
+        cache.crop(sequence, 4)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Any order of calls against plain lists."""
+
+    @initialize()
+    def start(self) -> None:
+        self.cache = LatentCache(CONFIG)
+        self.rows: dict[int, list[float]] = {}
+        self.value = 0.0
+
+    @rule()
+    def open(self) -> None:
+        self.rows[self.cache.open()] = []
+
+    @rule(data=strategies.data(), count=strategies.sampled_from([1, 1, 2, 31, 64, 65, 200]))
+    def grow(self, data: strategies.DataObject, count: int) -> None:
+        if self.rows:
+            sequence = data.draw(strategies.sampled_from(sorted(self.rows)))
+            values = [self.value + i for i in range(count)]
+            self.value += count
+            put(self.cache, sequence, values)
+            self.rows[sequence] = self.rows[sequence] + values
+
+    @rule(data=strategies.data(), share=strategies.floats(0, 1))
+    def crop(self, data: strategies.DataObject, share: float) -> None:
+        if self.rows:
+            sequence = data.draw(strategies.sampled_from(sorted(self.rows)))
+            length = int(share * len(self.rows[sequence]))
+            self.cache.crop(sequence, length)
+            self.rows[sequence] = self.rows[sequence][:length]
+
+    @rule(data=strategies.data())
+    def fork(self, data: strategies.DataObject) -> None:
+        if self.rows:
+            sequence = data.draw(strategies.sampled_from(sorted(self.rows)))
+            self.rows[self.cache.fork(sequence)] = list(self.rows[sequence])
+
+    @rule(data=strategies.data())
+    def close(self, data: strategies.DataObject) -> None:
+        if self.rows:
+            sequence = data.draw(strategies.sampled_from(sorted(self.rows)))
+            self.cache.close(sequence)
+            del self.rows[sequence]
+
+    @invariant()
+    def rows_are_right_and_no_page_is_lost(self) -> None:
+        held: set[int] = set()
+        for sequence, values in self.rows.items():
+            assert self.cache.length(sequence) == len(values)
+            assert read(self.cache, sequence, slot=1) == values
+            held |= set(self.cache.pages(sequence))
+        assert self.cache.pages_held == len(held)
+
+
+CacheMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestCacheMachine = CacheMachine.TestCase

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omni_ray.config.model import model_preset
 from omni_ray.inference.engine import Engine
-from omni_ray.inference.requests import Generation, GenerationRequest
+from omni_ray.inference.requests import Generation, GenerationRequest, MadeRow
 from omni_ray.inference.rows import Vocabulary
 from omni_ray.models.llm import LanguageModel
 from omni_ray.types.batch import AUDIO_EOS, AUDIO_PAD, AUDIO_RESERVED
@@ -69,33 +69,42 @@ def test_answer_does_not_depend_on_who_shares_the_batch(engine: Engine, together
 
 
 def test_hidden_states_are_the_same_bits_alone_and_together(engine: Engine) -> None:
-    requests = sorted(mixed_requests(), key=lambda r: len(r.ids_T5))
-    cache, hidden_BH = engine.prefill(requests)
-    ids_B5 = torch.stack([prompt(1, 50 + i)[0] for i in range(8)])
-    after_BH = engine.decode(cache, ids_B5)
+    requests = mixed_requests()
+    sessions, hidden_BH = engine.prefill(requests)
     for index, request in enumerate(requests):
-        cache_1, hidden_1H = engine.prefill([request])
+        (session,), hidden_1H = engine.prefill([request])
         assert torch.equal(hidden_1H[0], hidden_BH[index])
-        assert torch.equal(engine.decode(cache_1, ids_B5[index : index + 1])[0], after_BH[index])
+        engine.close(session)
+    for session in sessions:
+        engine.close(session)
 
 
 def test_cached_decoding_equals_the_plain_forward(engine: Engine) -> None:
     request = GenerationRequest(ids_T5=prompt(37, 9), max_tokens=30)
+    model, session = engine.model, engine.open()
+    engine.feed(session, request.ids_T5)
+    engine.answer(session, request)
+    made: list[MadeRow] = []
+    while not made or not made[-1].last:
+        made += engine.step([session]).values()
+    rows = torch.stack([row.ids_5 for row in made])
     (answer,) = engine.generate([request])
-    model = engine.model
-    whole = torch.cat([request.ids_T5, answer.ids_R5])
+    assert torch.equal(answer.ids_R5, rows)
+    assert engine.length(session) == 37 + len(rows) - 1
+    whole = torch.cat([request.ids_T5, rows])
     hidden = model(model.embed_rows(whole), [0, len(whole)], torch.arange(len(whole))).hidden_TD
-    cache, last = engine.prefill([request])
-    for step, row in enumerate(answer.ids_R5):
-        torch.testing.assert_close(last[0], hidden[36 + step], rtol=1e-4, atol=1e-4)
-        last = engine.decode(cache, row[None])
-    assert cache.lengths == [37 + len(answer.ids_R5)]
+    for step, row in enumerate(made):
+        torch.testing.assert_close(row.hidden_H, hidden[36 + step], rtol=1e-4, atol=1e-4)
+    engine.close(session)
 
 
 def test_features_are_what_the_model_reads(engine: Engine) -> None:
     plain = GenerationRequest(ids_T5=prompt(20, 1), max_tokens=1)
     shown = GenerationRequest(ids_T5=prompt(20, 1), max_tokens=1, features=((2, torch.ones(4, 160)),))
-    assert not torch.equal(engine.prefill([plain])[1], engine.prefill([shown])[1])
+    sessions, hidden_BH = engine.prefill([plain, shown])
+    assert not torch.equal(hidden_BH[0], hidden_BH[1])
+    for session in sessions:
+        engine.close(session)
 
 
 def test_text_answers_hold_words_and_stop_at_the_end(engine: Engine) -> None:

@@ -41,7 +41,7 @@ def alone(model: Any, number: int, voice: bool, temperature: float, most: int) -
 
 def test_sessions_that_come_and_go_are_answered_as_if_alone(model: Any) -> None:
     """Four sessions begin one step after another, spoken and written, greedy and drawn, and end at their own times."""
-    engine = SessionEngine(model.language, model.engine.vocabulary)
+    engine = SessionEngine(model.engine)
     plans = [(True, 0.0, 12), (False, 0.0, 5), (True, 0.0, 9), (True, 1.0, 10)]
     rows: dict[str, list[list[int]]] = {str(i): [] for i in range(4)}
     for step in range(30):
@@ -57,7 +57,7 @@ def test_sessions_that_come_and_go_are_answered_as_if_alone(model: Any) -> None:
 
 
 def test_a_cut_session_goes_on_as_if_the_cut_rows_had_never_been(model: Any) -> None:
-    engine = SessionEngine(model.language, model.engine.vocabulary)
+    engine = SessionEngine(model.engine)
     whole, other = prompt(model, 0), prompt(model, 1)
     engine.start("a", 0, other, AnswerOptions(voice=True, max_tokens=8))
     for _ in range(5):
