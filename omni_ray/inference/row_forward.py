@@ -21,6 +21,7 @@ from torch import Tensor
 
 from omni_ray.inference.cache import KEY_TILE, LatentCache
 from omni_ray.inference.row_weights import (
+    FEWEST_ROWS,
     AttentionWeights,
     ExpertWeights,
     LayerWeights,
@@ -162,7 +163,7 @@ class RowForward:
         """One shortcut-connected layer, in place."""
         self._attend(x_TH, layer.attention[0], slot, rows)
         u_TH = self._normed(x_TH, layer.shared_norm.eps).mul_(layer.shared_norm.weight)
-        shortcut_TH = self._mixture(u_TH[:total], layer.experts)
+        shortcut_TH = self._mixture(u_TH, layer.experts, total)
         self._mlp(x_TH, u_TH, layer.mlp[0])
         self._attend(x_TH, layer.attention[1], slot + 1, rows)
         self._mlp(x_TH, self._normed(x_TH, layer.last_eps), layer.mlp[1])
@@ -242,19 +243,23 @@ class RowForward:
             _sum_values(torch.softmax(scores_QL, dim=-1), keys_LX.narrow(1, 0, rank), mixed_QC)
             mixed_ThC[first : first + count] = mixed_QC[: count * self.heads].view(count, self.heads, rank)
 
-    def _mixture(self, u_TH: Tensor, weights: ExpertWeights) -> Tensor:
-        """The shortcut branch: chosen FFN experts, and the share of the zero-computation ones.  [T, H] -> [T, H]."""
-        total = u_TH.shape[0]
-        padded = self.weights.padded(total)
+    def _mixture(self, u_TH: Tensor, weights: ExpertWeights, total: int) -> Tensor:
+        """The shortcut branch: chosen FFN experts, and the share of the zero-computation ones.
+
+        Args:
+            u_TH: Normed rows, filler behind the first ``total``.
+        Returns:
+            [total, H].
+        """
         u32_TH = u_TH if u_TH.dtype == torch.float32 else u_TH.float()
-        if padded > total:
-            u32_TH = torch.cat([u32_TH, u32_TH.new_zeros(padded - total, u_TH.shape[1])])
         scores_TE = product(u32_TH, weights.router).softmax(dim=-1)[:total]
         expert_TK = torch.topk(scores_TE + weights.bias_E, weights.top_k, dim=-1).indices
         weight_TK = scores_TE.gather(1, expert_TK).mul_(weights.scaling)
-        token_P, share_P1, bounds = self._busy(expert_TK.cpu().numpy(), weight_TK.cpu().numpy(), len(weights.down))
         zero_TK = expert_TK >= len(weights.down)
-        out_TH = u_TH * (weight_TK * zero_TK).sum(dim=1, keepdim=True).to(u_TH.dtype)
+        out_TH = u_TH[:total] * (weight_TK * zero_TK).sum(dim=1, keepdim=True).to(u_TH.dtype)
+        if total == 1 and len(u_TH) == FEWEST_ROWS:
+            return self._mixture_of_one(u_TH, weights, expert_TK, weight_TK, out_TH)
+        token_P, share_P1, bounds = self._busy(expert_TK.cpu().numpy(), weight_TK.cpu().numpy(), len(weights.down))
         if not bounds:
             return out_TH
         inner = weights.down[0].shape[0]
@@ -266,6 +271,18 @@ class RowForward:
         for expert, start, end in bounds:
             product_into(inner_PF[start:end], weights.down[expert], x_PH[start:end])
         return out_TH.index_add_(0, token_P, x_PH)
+
+    def _mixture_of_one(
+        self, u_2H: Tensor, weights: ExpertWeights, expert_1K: Tensor, weight_1K: Tensor, out_1H: Tensor
+    ) -> Tensor:
+        """One row beside its filler: the same products and sums without any gathering."""
+        ffn, inner = len(weights.down), weights.down[0].shape[0]
+        shares = weight_1K.to(u_2H.dtype).unbind(1)
+        for expert, place in sorted((expert, place) for place, expert in enumerate(expert_1K[0].tolist())):
+            if expert < ffn:
+                inner_2F = _gated(torch.mm(u_2H, weights.gate_up[expert]), inner).mul_(shares[place])
+                out_1H.add_(torch.mm(inner_2F, weights.down[expert])[:1])
+        return out_1H
 
     def _busy(
         self, expert_TK: NDArray[np.int64], weight_TK: NDArray[np.float32], ffn: int
