@@ -61,9 +61,9 @@ class _GroupedExperts(torch.autograd.Function):
         x = u.index_select(0, token_M)
         hidden = grouped_mm(x, gate_up.transpose(1, 2), ends_N)
         # The router's weight rides on the inner activations, so no second buffer of outputs is needed.
-        unweighted, sigmoid = swiglu_forward(hidden)
+        unweighted, activated = swiglu_forward(hidden)
         inner = unweighted * share_M1
-        ctx.save_for_backward(x, hidden, sigmoid, unweighted, share_M1, chosen_M, token_M, ends_N, gate_up, down)
+        ctx.save_for_backward(x, hidden, activated, unweighted, share_M1, chosen_M, token_M, ends_N, gate_up, down)
         ctx.shape_TK = weight_TK.shape
         out = torch.zeros_like(u)
         return out.index_add_(0, token_M, grouped_mm(inner, down.transpose(1, 2), ends_N))
@@ -71,14 +71,14 @@ class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        x, hidden, sigmoid, unweighted, share_M1, chosen_M, token_M, ends_N, gate_up, down = ctx.saved_tensors
+        x, hidden, activated, unweighted, share_M1, chosen_M, token_M, ends_N, gate_up, down = ctx.saved_tensors
         grad_M = grad.index_select(0, token_M)
         grad_inner = grouped_mm(grad_M, down, ends_N)
         # chosen_M names each (token, choice) once: a copy, never a sum.
         grad_weight = torch.zeros(ctx.shape_TK, dtype=torch.float32, device=grad.device)
         grad_weight.view(-1).index_copy_(0, chosen_M, (grad_inner * unweighted).sum(dim=1, dtype=torch.float32))
         grad_down = grouped_mm(grad_M.t(), unweighted * share_M1, ends_N)
-        grad_hidden = swiglu_backward(grad_inner.mul_(share_M1), hidden, sigmoid)
+        grad_hidden = swiglu_backward(grad_inner.mul_(share_M1), hidden, activated)
         grad_gate_up = grouped_mm(grad_hidden.t(), x, ends_N)
         grad_u = torch.zeros_like(grad).index_add_(0, token_M, grouped_mm(grad_hidden, gate_up, ends_N))
         return grad_u, grad_weight, None, grad_gate_up, grad_down

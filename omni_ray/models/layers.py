@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -38,14 +39,14 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        grad32 = grad.float()
-        product = grad32 * normed
-        weight32 = weight.float() * ctx.gain
-        grad_weight = product.flatten(0, -2).sum(dim=0).mul_(ctx.gain).to(weight.dtype)
-        mean = (product.flatten(0, -2) @ weight32).div_(x.shape[-1]).view(scale.shape)
-        grad_x = torch.mul(grad32, weight32, out=product).sub_(normed.mul_(mean)).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None, None
+        x32, grad32 = x.float().flatten(0, -2), grad.float().flatten(0, -2)
+        scale, weight32 = scale.flatten(0, -2), weight.float() * ctx.gain
+        # With s the row's scale: dx = s (g w) - x s^3 mean(g w x), dw = sum over rows of s g x.
+        product = grad32 * x32
+        grad_weight = (scale.t() @ product).flatten().mul_(ctx.gain).to(weight.dtype)
+        along = (product @ weight32).unsqueeze(1).mul_(scale.pow(3)).div_(-x.shape[-1])
+        grad_x = torch.mul(grad32, weight32, out=product).mul_(scale).addcmul_(x32, along)
+        return grad_x.to(x.dtype).view(x.shape), grad_weight, None, None
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> Tensor:
@@ -79,30 +80,27 @@ class RMSNorm(nn.Module):
 
 
 def swiglu_forward(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """``silu(gate) * up`` without a graph, and sigmoid(gate), which spares the backward an exponential."""
+    """``silu(gate) * up`` without a graph, and silu(gate), which spares the backward an exponential."""
     gate, up = gate_up.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    return (gate * sigmoid).mul_(up), sigmoid
+    activated = F.silu(gate)
+    return activated * up, activated
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, sigmoid: Tensor) -> Tensor:
+def swiglu_backward(grad: Tensor, gate_up: Tensor, activated: Tensor) -> Tensor:
     """Gradient of :func:`swiglu_forward` with respect to ``gate_up``."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = torch.empty_like(gate_up)
     grad_gate, grad_up = out.chunk(2, dim=-1)
-    activated = gate * sigmoid
     torch.mul(grad, activated, out=grad_up)
-    # d silu = silu + sigmoid (1 - silu), which is silu moved towards 1 by sigmoid.
-    slope = activated.lerp_(torch.ones((), dtype=grad.dtype, device=grad.device), sigmoid)
-    torch.mul(slope.mul_(up), grad, out=grad_gate)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
     return out
 
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        out, sigmoid = swiglu_forward(gate_up)
-        ctx.save_for_backward(gate_up, sigmoid)
+        out, activated = swiglu_forward(gate_up)
+        ctx.save_for_backward(gate_up, activated)
         return out
 
     @staticmethod

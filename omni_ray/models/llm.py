@@ -157,15 +157,23 @@ class LanguageModel(nn.Module):
             routings.append(routing)
         return x_TH, routings
 
+    @property
+    def text_head(self) -> Tensor:
+        """[V, H]: the text head's matrix, the embedding's own where they are tied."""
+        head: nn.Embedding | nn.Linear = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return head.weight
+
+    def audio_head(self, codebook: int) -> Tensor:
+        """[codec vocabulary, H]: matrix of the head of codebook 0 (semantic) or 1..3 (acoustic, one step later)."""
+        return self.audio_heads[codebook].get_parameter("weight")
+
     def text_logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
-        head: nn.Embedding | nn.Linear = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden_RH, head.weight)
+        return F.linear(hidden_RH, self.text_head)
 
     def audio_logits(self, hidden_RH: Tensor, codebook: int) -> Tensor:
-        """[R, H] -> [R, codec vocabulary] of codebook 0 (semantic) or 1..3 (acoustic, one step later)."""
-        logits: Tensor = self.audio_heads[codebook](hidden_RH)
-        return logits
+        """[R, H] -> [R, codec vocabulary]."""
+        return F.linear(hidden_RH, self.audio_head(codebook))
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Text logits of plain text sequences.

@@ -1,11 +1,11 @@
-"""Causal attention over packed sequences, laid out as a few rectangles; hand-written backward, no scatter.
+"""Causal attention over packed sequences, laid out as a few rectangles; hand-written backward, no scatter-add.
 
-Forward and backward are gathers and batched matrix products only, so the same inputs give the same bits, and a
+Forward and backward are copies and batched matrix products only, so the same inputs give the same bits, and a
 sequence's arithmetic depends on its own length alone, never on its neighbours'.
 """
 
 # T packed tokens, h heads, S sequences of one rectangle, L their padded length, B = S*h
-# d query/key head dim = n (nope) + R (rotary), e value head dim, P = R/2 rotary pairs, G padded rows of all rectangles
+# d query/key head dim = n (nope) + R (rotary), e value head dim, X queries of one block, Y keys that they see
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,44 +24,61 @@ LENGTH_TILE = 16
 """Sequences are padded to a multiple of this."""
 QUERY_BLOCK = 128
 """Queries of one step over a long sequence; each block sees the causal prefix of the keys only."""
-RECOMPUTE_ABOVE = 512
+RECOMPUTE_ABOVE = 1024
 """Above this length the backward makes the probabilities again instead of keeping h * L^2 / 2 of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rectangle:
-    """Sequences of one padded length, a slice of the padded rows."""
+    """Sequences of one padded length, and where their rows lie among the packed ones."""
 
     count: int
     """S, sequences."""
     length: int
     """L, rows of each after padding."""
-    base: int
-    """First padded row; the first padded (head, row) is ``base * heads``."""
+    start: int
+    """First packed row, where the sequences lie one after the other without padding; else unused."""
+    rows: Tensor | None
+    """[S*L] packed row of every place, a padded place repeating its sequence's last row; None for a plain slice."""
+    real: Tensor | None
+    """Places that are no padding; None when none is."""
     padded: Tensor | None
-    """Padded places among the S*h*L query rows; None when every length is exact."""
+    """Places that are padding; None when none is."""
+    turn: Turn
+    """Rotary turn of every place."""
+
+    def take(self, x_TX: Tensor) -> Tensor:
+        """[T, ...] packed rows -> [S, L, ...]; a view where it can be one."""
+        shape = (self.count, self.length, *x_TX.shape[1:])
+        if self.rows is None:
+            return x_TX[self.start : self.start + self.count * self.length].view(shape)
+        return x_TX.index_select(0, self.rows).view(shape)
+
+    def room(self, x_TX: Tensor) -> Tensor:
+        """[S, L, ...] to be filled and then given to :meth:`put`: the rows of ``x_TX`` themselves where they can be."""
+        if self.rows is None:
+            return self.take(x_TX)
+        return x_TX.new_empty((self.count, self.length, *x_TX.shape[1:]))
+
+    def put(self, x_TX: Tensor, room_SLX: Tensor) -> None:
+        """Write what :meth:`room` was filled with to its packed rows, padding left out."""
+        if self.rows is None:
+            return
+        places = room_SLX.flatten(0, 1)
+        if self.real is None:
+            x_TX.index_copy_(0, self.rows, places)
+        else:
+            x_TX.index_copy_(0, self.rows.index_select(0, self.real), places.index_select(0, self.real))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLayout:
-    """How packed rows map to rectangles and back, and the rotary turn of every padded row; made once per forward."""
+    """How packed rows map to rectangles and back; made once per forward."""
 
     heads: int
     """h."""
     rectangles: tuple[Rectangle, ...]
     """In ascending length, none empty; sequences keep their order inside one."""
-    rows_G: Tensor
-    """Packed row of every padded row; a padded place repeats its sequence's last row."""
-    head_rows: Tensor
-    """[G*h] the same in a [T*h, dim] view; inside a rectangle in (sequence, head, place) order."""
-    restore_T: Tensor
-    """Padded row of every packed row."""
-    restore_heads: Tensor
-    """[T*h] padded (head, row) of every packed (row, head)."""
-    turn: Turn
-    """Of padded rows."""
-    turn_heads: Turn
-    """Of padded (head, row)."""
 
 
 def packed_layout(cu_seqlens: Sequence[int], heads: int, turn: Turn) -> PackedLayout:
@@ -75,38 +93,24 @@ def packed_layout(cu_seqlens: Sequence[int], heads: int, turn: Turn) -> PackedLa
     for start, end in itertools.pairwise(cu_seqlens):
         if end > start:
             by_length.setdefault(end - start + (start - end) % LENGTH_TILE, []).append((start, end - start))
-    total, device = cu_seqlens[-1], turn.cos_RP.device
-    restore_T, restore_Th = torch.empty(total, dtype=torch.int64), torch.empty(total, heads, dtype=torch.int64)
-    head_h = torch.arange(heads)
-    rectangles, rows, head_rows = [], [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-    base = 0
-    for length in sorted(by_length):
-        starts_S1, lengths_S1 = torch.tensor(by_length[length]).split(1, dim=1)
-        count = len(starts_S1)
-        place_L = torch.arange(length)
-        real_SL = place_L < lengths_S1
-        rows_SL = starts_S1 + torch.minimum(place_L, lengths_S1 - 1)
-        first_S1 = base + torch.arange(count)[:, None] * length
-        real_rows = rows_SL[real_SL]
-        restore_T[real_rows] = (first_S1 + place_L)[real_SL]
-        restore_Th[real_rows] = ((first_S1 * heads + place_L)[:, :, None] + head_h * length)[real_SL]
-        rows.append(rows_SL.flatten())
-        head_rows.append((rows_SL[:, None, :] * heads + head_h[:, None]).flatten())
-        outside = (~real_SL)[:, None, :].expand(count, heads, length).flatten().nonzero().flatten().to(device)
-        padded = outside if outside.numel() else None
-        rectangles.append(Rectangle(count=count, length=length, base=base, padded=padded))
-        base += count * length
-    rows_G, head_rows_G = torch.cat(rows).to(device), torch.cat(head_rows).to(device)
-    return PackedLayout(
-        heads=heads,
-        rectangles=tuple(rectangles),
-        rows_G=rows_G,
-        head_rows=head_rows_G,
-        restore_T=restore_T.to(device),
-        restore_heads=restore_Th.flatten().to(device),
-        turn=turn.select(rows_G),
-        turn_heads=turn.select(head_rows_G // heads),
-    )
+    rectangles = [_rectangle(length, by_length[length], turn) for length in sorted(by_length)]
+    return PackedLayout(heads=heads, rectangles=tuple(rectangles))
+
+
+def _rectangle(length: int, members: list[tuple[int, int]], turn: Turn) -> Rectangle:
+    device, count, first = turn.cos_RP.device, len(members), members[0][0]
+    if members == [(first + number * length, length) for number in range(count)]:
+        there = turn.part(slice(first, first + count * length))
+        return Rectangle(count=count, length=length, start=first, rows=None, real=None, padded=None, turn=there)
+    starts_S1, lengths_S1 = torch.tensor(members).split(1, dim=1)
+    place_L = torch.arange(length)
+    rows = (starts_S1 + torch.minimum(place_L, lengths_S1 - 1)).flatten().to(device)
+    is_real = (place_L < lengths_S1).flatten()
+    real = padded = None
+    if not bool(is_real.all()):
+        real, padded = (mask.nonzero().flatten().to(device) for mask in (is_real, ~is_real))
+    there = turn.select(rows)
+    return Rectangle(count=count, length=length, start=0, rows=rows, real=real, padded=padded, turn=there)
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -114,116 +118,131 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + QUERY_BLOCK, length)
 
 
-class _Heads:
-    """One rectangle's gathered queries, keys and values as the views that the products need; B = S*h."""
+def _by_head(r: Rectangle, q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int) -> tuple[Tensor, ...]:
+    """One rectangle's turned queries and keys and its values, each contiguous: [B, L, d], [B, L, d], [B, L, e]."""
+    q_SLhd, kv_SLhx, rope_SLR = r.take(q_Thd), r.take(kv_Thne), r.take(k_rope_TR)
+    heads, dim = q_SLhd.shape[2:]
+    q = q_SLhd.new_empty(r.count, heads, r.length, dim)
+    q[..., :nope] = q_SLhd[..., :nope].transpose(1, 2)
+    r.turn.turn_into(q[..., nope:].transpose(1, 2), q_SLhd[..., nope:])
+    turned_SLR = torch.empty_like(rope_SLR, memory_format=torch.contiguous_format)
+    r.turn.turn_into(turned_SLR.unsqueeze(2), rope_SLR.unsqueeze(2))
+    k = torch.empty_like(q)
+    k[..., :nope] = kv_SLhx[..., :nope].transpose(1, 2)
+    k[..., nope:] = turned_SLR.unsqueeze(1)
+    v = kv_SLhx[..., nope:].transpose(1, 2).contiguous()
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
 
-    def __init__(self, r: Rectangle, layout: PackedLayout, q: Tensor, kv: Tensor, k_rope: Tensor, nope: int) -> None:
-        self.rectangle, self.nope = r, nope
-        self.rows = slice(r.base * layout.heads, (r.base + r.count * r.length) * layout.heads)
-        self.key_rows = slice(r.base, r.base + r.count * r.length)
-        self.q_BLd = q[self.rows].view(-1, r.length, q.shape[1])
-        self.kv_BLne = kv[self.rows].view(-1, r.length, kv.shape[1])
-        self.k_rope_SLR = k_rope[self.key_rows].view(r.count, r.length, -1)
 
-    def shared(self, x_BXY: Tensor) -> Tensor:
-        """[S*h, X, Y] as [S, h*X, Y]: the rotary key is one for all heads of a sequence."""
-        return x_BXY.reshape(self.rectangle.count, -1, x_BXY.shape[-1])
-
-    def probabilities(self, start: int, end: int) -> Tensor:
-        """Softmax rows of queries [start, end) over keys [0, end): [B, end-start, end]; padded queries give zeros."""
-        q_BXd, k_BYn = self.q_BLd[:, start:end], self.kv_BLne[:, :end, : self.nope]
-        hidden_XY = q_BXd.new_full((end - start, end), float("-inf")).triu_(start + 1)
-        scores = torch.baddbmm(hidden_XY, q_BXd[..., : self.nope], k_BYn.transpose(1, 2))
-        keys_SRY = self.k_rope_SLR[:, :end].transpose(1, 2)
-        self.shared(scores).baddbmm_(self.shared(q_BXd[..., self.nope :]), keys_SRY)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        out = scores.softmax(dim=-1, dtype=wide).to(scores.dtype)
-        padded = self.rectangle.padded
-        if padded is not None and end - start == self.rectangle.length:
-            out.view(-1, end).index_fill_(0, padded, 0.0)
-        elif padded is not None:
-            place = padded % self.rectangle.length
-            inside = (place >= start) & (place < end)
-            rows = (padded // self.rectangle.length * (end - start) + place - start)[inside]
-            out.view(-1, end).index_fill_(0, rows, 0.0)
-        return out
+def _probabilities(q_BLd: Tensor, k_BLd: Tensor, start: int, end: int) -> Tensor:
+    """Softmax rows of queries [start, end) over keys [0, end): [B, X, Y]; the sums of a row in fp32 at least."""
+    scores = torch.bmm(q_BLd[:, start:end], k_BLd[:, :end].transpose(1, 2))
+    future = scores.new_full((end - start, end - start), float("-inf")).triu_(1)
+    scores[:, :, start:end].add_(future)
+    return scores.softmax(dim=-1)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int, layout: PackedLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
-        q = q_Thd.flatten(0, 1).index_select(0, layout.head_rows)
-        layout.turn_heads.apply_(q[:, nope:])
-        kv = kv_Thne.flatten(0, 1).index_select(0, layout.head_rows)
-        k_rope = k_rope_TR.index_select(0, layout.rows_G)
-        layout.turn.apply_(k_rope)
-        out = q.new_empty(q.shape[0], kv.shape[1] - nope)
+        out_The = q_Thd.new_empty(*q_Thd.shape[:2], kv_Thne.shape[2] - nope)
         kept: list[Tensor] = []
         for r in layout.rectangles:
-            group = _Heads(r, layout, q, kv, k_rope, nope)
-            out_BLe = out[group.rows].view(-1, r.length, out.shape[1])
+            q, k, v = _by_head(r, q_Thd, kv_Thne, k_rope_TR, nope)
+            out_BLe = torch.empty_like(v)
+            kept += [q, k, v]
             for start, end in _blocks(r.length):
-                probs = group.probabilities(start, end)
-                torch.bmm(probs, group.kv_BLne[:, :end, nope:], out=out_BLe[:, start:end])
+                probs = _probabilities(q, k, start, end)
+                out_BLe[:, start:end] = torch.bmm(probs, v[:, :end])
                 if r.length <= RECOMPUTE_ABOVE:
                     kept.append(probs)
-        ctx.save_for_backward(q, kv, k_rope, *kept)
-        ctx.layout, ctx.nope = layout, nope
-        return out.index_select(0, layout.restore_heads).view(*q_Thd.shape[:2], -1)
+            room = r.room(out_The)
+            room.copy_(out_BLe.unflatten(0, (r.count, -1)).transpose(1, 2))
+            r.put(out_The, room)
+        ctx.save_for_backward(*kept)
+        ctx.layout, ctx.nope, ctx.shapes = layout, nope, (q_Thd.shape, kv_Thne.shape, k_rope_TR.shape)
+        return out_The
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_The: Tensor):  # type: ignore[no-untyped-def, override]
-        layout, nope = ctx.layout, ctx.nope
-        q, kv, k_rope, *kept = ctx.saved_tensors
-        grad = grad_The.flatten(0, 1).index_select(0, layout.head_rows)
-        dq, dkv, dk_rope = torch.empty_like(q), torch.empty_like(kv), torch.empty_like(k_rope)
-        probs = iter(kept)
-        for r in layout.rectangles:
-            group = _Heads(r, layout, q, kv, k_rope, nope)
-            into = _Heads(r, layout, dq, dkv, dk_rope, nope)
-            of_rectangle = [next(probs) for _ in _blocks(r.length)] if r.length <= RECOMPUTE_ABOVE else None
-            _rectangle_backward(group, into, grad[group.rows].view(-1, r.length, grad.shape[1]), of_rectangle)
-        layout.turn_heads.apply_(dq[:, nope:], back=True)
-        layout.turn.apply_(dk_rope, back=True)
-        return (
-            dq.index_select(0, layout.restore_heads).view(*grad_The.shape[:2], -1),
-            dkv.index_select(0, layout.restore_heads).view(*grad_The.shape[:2], -1),
-            dk_rope.index_select(0, layout.restore_T),
-            None,
-            None,
-        )
+        grads = tuple(grad_The.new_empty(shape) for shape in ctx.shapes)
+        kept = iter(ctx.saved_tensors)
+        for r in ctx.layout.rectangles:
+            q, k, v = (next(kept) for _ in range(3))
+            probs = [next(kept) for _ in _blocks(r.length)] if r.length <= RECOMPUTE_ABOVE else None
+            grad_SLhe = r.take(grad_The)
+            if r.padded is not None:
+                # Padded queries repeat a real row; with no gradient of their own they give nothing to any key.
+                grad_SLhe.flatten(0, 1).index_fill_(0, r.padded, 0.0)
+            grad = grad_SLhe.transpose(1, 2).contiguous().flatten(0, 1)
+            _spread(r, grads, _rectangle_backward(q, k, v, grad, probs), ctx.nope)
+        return *grads, None, None
 
 
-def _rectangle_backward(group: _Heads, into: _Heads, grad_BLe: Tensor, kept: list[Tensor] | None) -> None:
-    """Write the gradients of one rectangle's gathered q, kv and k_rope into the views of ``into``."""
-    nope, length = group.nope, group.rectangle.length
-    values_BLe = group.kv_BLne[..., nope:]
+def _rectangle_backward(
+    q: Tensor, k: Tensor, v: Tensor, grad_BLe: Tensor, kept: list[Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`_by_head`'s three tensors."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     # The last block comes first: it sees every key, so it writes the key gradients and the others add to them.
-    for index, (start, end) in reversed(list(enumerate(_blocks(length)))):
-        probs = kept[index] if kept is not None else group.probabilities(start, end)
+    for index, (start, end) in reversed(list(enumerate(_blocks(q.shape[1])))):
+        probs = kept[index] if kept is not None else _probabilities(q, k, start, end)
         grad = grad_BLe[:, start:end]
-        dprobs = torch.bmm(grad, values_BLe[:, :end].transpose(1, 2))
+        dprobs = torch.bmm(grad, v[:, :end].transpose(1, 2))
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        shared = group.shared(dscores)
-        torch.bmm(dscores, group.kv_BLne[:, :end, :nope], out=into.q_BLd[:, start:end, :nope])
-        dq_rope = torch.bmm(shared, group.k_rope_SLR[:, :end])
-        into.q_BLd[:, start:end, nope:] = dq_rope.view(-1, end - start, dq_rope.shape[-1])
-        parts = (
-            (into.kv_BLne[:, :end, :nope], dscores, group.q_BLd[:, start:end, :nope]),
-            (into.kv_BLne[:, :end, nope:], probs, grad),
-            (into.k_rope_SLR[:, :end], shared, group.shared(group.q_BLd[:, start:end, nope:])),
-        )
-        for target, left, right in parts:
-            product = torch.bmm(left.transpose(1, 2), right)
-            if end == length:
-                target.copy_(product)
-            else:
-                target.add_(product)
+        dq[:, start:end] = torch.bmm(dscores, k[:, :end])
+        if end == q.shape[1]:
+            torch.bmm(dscores.transpose(1, 2), q[:, start:end], out=dk)
+            torch.bmm(probs.transpose(1, 2), grad, out=dv)
+        else:
+            dk[:, :end].baddbmm_(dscores.transpose(1, 2), q[:, start:end])
+            dv[:, :end].baddbmm_(probs.transpose(1, 2), grad)
+    return dq, dk, dv
+
+
+def _spread(r: Rectangle, into: tuple[Tensor, ...], of_heads: tuple[Tensor, Tensor, Tensor], nope: int) -> None:
+    """The adjoint of :func:`_by_head`: write one rectangle's gradients to the packed rows of q, kv and k_rope."""
+    dq, dk, dv = (x.unflatten(0, (r.count, -1)).transpose(1, 2) for x in of_heads)
+    room_q, room_kv, room_rope = (r.room(x) for x in into)
+    room_q[..., :nope] = dq[..., :nope]
+    r.turn.turn_into(room_q[..., nope:], dq[..., nope:], back=True)
+    room_kv[..., :nope] = dk[..., :nope]
+    room_kv[..., nope:] = dv
+    r.turn.turn_into(room_rope.unsqueeze(2), dk[..., nope:].sum(dim=2, keepdim=True), back=True)
+    for x, room in zip(into, (room_q, room_kv, room_rope), strict=True):
+        r.put(x, room)
+
+
+def fused_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int, layout: PackedLayout) -> Tensor:
+    """:func:`packed_attention` through torch's fused kernels (flash, cuDNN or memory-efficient, whichever fits).
+
+    A rectangle needs no mask but the causal one: padded keys stand after every real query.  In deterministic mode
+    (``torch.use_deterministic_algorithms``) the kernels' backwards are the deterministic ones.
+    """
+    out_The = q_Thd.new_zeros(*q_Thd.shape[:2], kv_Thne.shape[2] - nope)
+    for r in layout.rectangles:
+        q, kv, rope = (r.take(x) for x in (q_Thd, kv_Thne, k_rope_TR))
+        rope_SLhR = r.turn.turned(rope.unsqueeze(2)).expand(-1, -1, layout.heads, -1)
+        q = torch.cat([q[..., :nope], r.turn.turned(q[..., nope:])], dim=-1).transpose(1, 2)
+        k = torch.cat([kv[..., :nope], rope_SLhR], dim=-1).transpose(1, 2)
+        v = kv[..., nope:].transpose(1, 2)
+        # The fused kernels want one head size for all three; zeros behind the values are cut off again.
+        narrow = max(0, q.shape[-1] - v.shape[-1])
+        mixed = F.scaled_dot_product_attention(q, k, F.pad(v, (0, narrow)), is_causal=True, scale=1.0)
+        places = mixed[..., : v.shape[-1]].transpose(1, 2).flatten(0, 1)
+        rows = r.rows if r.rows is not None else torch.arange(r.start, r.start + len(places), device=places.device)
+        if r.real is not None:
+            rows, places = rows.index_select(0, r.real), places.index_select(0, r.real)
+        out_The = out_The.index_copy(0, rows, places)
+    return out_The
 
 
 def packed_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int, layout: PackedLayout) -> Tensor:
     """Causal softmax attention inside each packed sequence, rotary turn included.
+
+    The one place that chooses a kernel: query blocks of batched products on the CPU, where they beat torch's fused
+    kernel and keep a sequence's bits its own; torch's fused kernels on CUDA.
 
     Args:
         q_Thd: [T, h, nope + R] already times the score scale, not yet turned.
@@ -235,5 +254,7 @@ def packed_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: in
         [T, h, e].
     Source: models.md section 4, MLA: softmax((q_n k_n + q_r k_r) / sqrt(dn + dr)) v.
     """
+    if q_Thd.is_cuda:
+        return fused_attention(q_Thd, kv_Thne, k_rope_TR, nope, layout)
     out: Tensor = _PackedAttention.apply(q_Thd, kv_Thne, k_rope_TR, nope, layout)
     return out

@@ -35,6 +35,28 @@ class Turn:
         """The turn of chosen rows, in their order."""
         return Turn(self.cos_RP.index_select(0, rows), self.sin_RP.index_select(0, rows))
 
+    def part(self, rows: slice) -> Turn:
+        """The turn of consecutive rows."""
+        return Turn(self.cos_RP[rows], self.sin_RP[rows])
+
+    def turned(self, x_SLhR: Tensor, back: bool = False) -> Tensor:
+        """Rotate S sequences of L of these rows, every head alike: [S, L, h, 2P] to a new tensor, differentiable."""
+        wide = x_SLhR.to(torch.promote_types(x_SLhR.dtype, torch.float32)).contiguous()
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self._phase(x_SLhR, back)).flatten(-2).to(x_SLhR.dtype)
+
+    def turn_into(self, out_SLhR: Tensor, x_SLhR: Tensor, back: bool = False) -> None:
+        """:meth:`turned`, written to ``out_SLhR`` without a graph and, in fp32, in one pass over memory."""
+        if x_SLhR.dtype == torch.float32 and _pairs_aligned(x_SLhR) and _pairs_aligned(out_SLhR):
+            pairs, into = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) for x in (x_SLhR, out_SLhR))
+            torch.mul(pairs, self._phase(x_SLhR, back), out=into)
+        else:
+            out_SLhR.copy_(self.turned(x_SLhR, back))
+
+    def _phase(self, x_SLhR: Tensor, back: bool) -> Tensor:
+        phase = self._phase_RP.view(*x_SLhR.shape[:2], 1, -1)
+        return phase.conj() if back else phase
+
     def apply_(self, x_RD: Tensor, back: bool = False) -> None:
         """Rotate [rows, 2P] in place; ``back`` turns the other way (the adjoint)."""
         if x_RD.dtype == torch.float32 and x_RD.stride(0) % 2 == 0 and x_RD.storage_offset() % 2 == 0:
@@ -47,3 +69,8 @@ class Turn:
         turned_even, turned_odd = even_RP * self.cos_RP - odd_RP * sin_RP, odd_RP * self.cos_RP + even_RP * sin_RP
         x_RD[:, 0::2] = turned_even
         x_RD[:, 1::2] = turned_odd
+
+
+def _pairs_aligned(x: Tensor) -> bool:
+    """Whether pairs of the last dim can be seen as complex numbers without a copy."""
+    return x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])

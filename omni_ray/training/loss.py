@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omni_ray.config.curriculum import LossWeights
+from omni_ray.models.cross_entropy import linear_cross_entropy
 from omni_ray.types.batch import IGNORE, NUM_CODEBOOKS, LossKind, OmniBatch
 
 TERMS = ("text", "audio_text", "pad_text", "vision", "audio_0", "audio_1", "audio_2", "audio_3")
@@ -19,8 +19,9 @@ TERMS = ("text", "audio_text", "pad_text", "vision", "audio_0", "audio_1", "audi
 class Heads(Protocol):
     """What the objective asks of a language model."""
 
-    def text_logits(self, hidden_TD: Tensor) -> Tensor: ...
-    def audio_logits(self, hidden_TD: Tensor, codebook: int) -> Tensor: ...
+    @property
+    def text_head(self) -> Tensor: ...
+    def audio_head(self, codebook: int) -> Tensor: ...
 
 
 class Router(Protocol):
@@ -69,24 +70,26 @@ def objective(heads: Heads, hidden_TD: Tensor, batch: OmniBatch, scales: Mapping
         cross-entropy by term, in the order of ``TERMS``.
     """
     sums = torch.zeros(len(TERMS), dtype=torch.float64)
-    total = hidden_TD.new_zeros(())
+    total = hidden_TD.new_zeros((), dtype=torch.float32)
     kinds = batch.loss_kind_T
     rows = (kinds != LossKind.NONE).nonzero().squeeze(1)
     if rows.numel():
-        ce = F.cross_entropy(heads.text_logits(hidden_TD[rows]), batch.labels_T5[rows, 0], reduction="none")
         kind = kinds[rows]
-        factor = torch.zeros(len(LossKind), dtype=ce.dtype, device=ce.device)
+        factor = torch.zeros(len(LossKind), device=kind.device)
         for loss_kind, term in _TEXT_TERMS.items():
             factor[loss_kind] = scales[term]
-            sums[TERMS.index(term)] = ce.detach()[kind == loss_kind].double().sum().cpu()
-        total = total + (ce * factor[kind]).sum()
+        loss, ce = linear_cross_entropy(hidden_TD[rows], heads.text_head, batch.labels_T5[rows, 0], factor[kind])
+        for loss_kind, term in _TEXT_TERMS.items():
+            sums[TERMS.index(term)] = ce[kind == loss_kind].double().sum().cpu()
+        total = total + loss
     for codebook in range(NUM_CODEBOOKS):
-        labels = batch.labels_T5[:, 1 + codebook]
+        labels, term = batch.labels_T5[:, 1 + codebook], f"audio_{codebook}"
         rows = (labels != IGNORE).nonzero().squeeze(1)
         if rows.numel():
-            ce = F.cross_entropy(heads.audio_logits(hidden_TD[rows], codebook), labels[rows], reduction="sum")
-            sums[TERMS.index(f"audio_{codebook}")] = ce.detach().double().cpu()
-            total = total + ce * scales[f"audio_{codebook}"]
+            factor = torch.full((rows.numel(),), scales[term], device=rows.device)
+            loss, ce = linear_cross_entropy(hidden_TD[rows], heads.audio_head(codebook), labels[rows], factor)
+            sums[TERMS.index(term)] = ce.double().sum().cpu()
+            total = total + loss
     return total, sums
 
 

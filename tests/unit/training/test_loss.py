@@ -18,11 +18,12 @@ WEIGHTS = LossWeights(text=1.75, audio=0.25, audio_text=1.5, first_audio=0.1, vi
 class Uniform:
     """Heads that give every id the same probability: 1/8 text, 1/4 codec."""
 
-    def text_logits(self, hidden_TD: Tensor) -> Tensor:
-        return hidden_TD.new_zeros(hidden_TD.shape[0], 8)
+    @property
+    def text_head(self) -> Tensor:
+        return torch.zeros(8, 3)
 
-    def audio_logits(self, hidden_TD: Tensor, codebook: int) -> Tensor:
-        return hidden_TD.new_zeros(hidden_TD.shape[0], 4)
+    def audio_head(self, codebook: int) -> Tensor:
+        return torch.zeros(4, 3)
 
 
 def batch_of(kinds: list[LossKind], audio_rows: int = 0) -> OmniBatch:
