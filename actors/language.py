@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,11 @@ class LanguageWorker(NetworkWorker):
         self._kept = {}
         self._sums = torch.zeros_like(self._sums)
         self._expert_counts = None
+
+    def build(self, folder: Path | None = None) -> None:
+        """Make the backbone, which keeps or makes again its activations as the recipe says."""
+        super().build(folder)
+        self.network.recompute = self.recipe.pools.language.recompute
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.route import tiles_of
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.digest import digests
+from omni_ray.training.memory import keep_freed_memory
 from omni_ray.training.networks import build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
@@ -66,6 +67,7 @@ class NetworkWorker:
 
     def set_stage(self, index: int) -> bool:
         """Enter a curriculum stage; returns whether this network trains in it."""
+        keep_freed_memory()
         self.stage = self.recipe.stages[index]
         self.live = self.optimizer.set_stage(self.stage)
         return self.live

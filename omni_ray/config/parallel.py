@@ -26,7 +26,11 @@ class PoolConfig(Checked):
     resources: Resources = Field(default_factory=Resources)
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
-    """``full`` runs the encoder's forward again in its backward instead of keeping activations."""
+    """What the backward makes again instead of keeping it, with the same bits.
+
+    ``full``: an encoder's whole forward, a language layer's; ``selective`` (language): norms, gates, gathered rows and
+    attention probabilities.
+    """
     shard: Literal["none", "hsdp", "zero1", "zero2", "zero3"] = "none"
     offload: Literal["none", "cpu"] = "none"
     threads: PositiveInt = 1
@@ -100,11 +104,9 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
         pool: PoolConfig = getattr(pools, name)
         later += [(f"pools.{name}.shard", pool.shard, "none"), (f"pools.{name}.offload", pool.offload, "none")]
         later += [(f"pools.{name}.precision", pool.precision, "fp32")]
-        if pool.recompute == "selective":
-            raise ConfigError(f"pools.{name}.recompute is selective, which is not built yet; choose none or full")
+        if pool.recompute == "selective" and name != "language":
+            raise ConfigError(f"pools.{name}.recompute is selective, which the language pool alone has; choose full")
     language = pools.language
-    if language.recompute != "none":
-        raise ConfigError(f"pools.language.recompute is {language.recompute}, which is not built yet; choose none")
     later += [("pools.language.backend", language.backend, "native")]
     later += [(f"pools.language.{axis}", getattr(language, axis), 1) for axis in ("cp", "pp", "ep")]
     for name, value, built in later:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omni_ray.models.layers import ROW_TILE, swiglu_backward, swiglu_forward
+from omni_ray.models.recompute import offer
 
 FEW_EXPERTS = 16
 """Up to so many busy experts are multiplied one by one; the grouped kernel visits idle ones too."""
@@ -63,6 +64,9 @@ class _GroupedExperts(torch.autograd.Function):
         # The router's weight rides on the inner activations, so no second buffer of outputs is needed.
         unweighted, activated = swiglu_forward(hidden)
         inner = unweighted * share_M1
+        offer(x, lambda: u.index_select(0, token_M))
+        offer(activated, lambda: swiglu_forward(hidden)[1])
+        offer(unweighted, lambda: swiglu_forward(hidden)[0])
         ctx.save_for_backward(x, hidden, activated, unweighted, share_M1, chosen_M, token_M, ends_N, gate_up, down)
         ctx.shape_TK = weight_TK.shape
         out = torch.zeros_like(u)

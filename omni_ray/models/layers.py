@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.recompute import offer
+
 ROW_TILE = 16
 """Row counts that are multiples of this give the same bits per row in a matrix product."""
 
@@ -62,6 +64,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> T
     """
     if torch.is_grad_enabled():
         out: Tensor = _RmsNorm.apply(x_TH, weight_H, eps, gain)
+        offer(out, lambda: _rms_norm(x_TH, weight_H, eps, gain)[0])
         return out
     return _rms_norm(x_TH, weight_H, eps, gain)[0]
 
@@ -100,6 +103,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
         out, activated = swiglu_forward(gate_up)
+        offer(activated, lambda: F.silu(gate_up.chunk(2, dim=-1)[0]))
         ctx.save_for_backward(gate_up, activated)
         return out
 
@@ -113,6 +117,7 @@ def swiglu(gate_up_TF2: Tensor) -> Tensor:
     """``silu(gate) * up`` of a joint projection, gate first.  [..., 2F] -> [..., F]."""
     if torch.is_grad_enabled():
         out: Tensor = _SwiGlu.apply(gate_up_TF2)
+        offer(out, lambda: swiglu_forward(gate_up_TF2)[0])
         return out
     return swiglu_forward(gate_up_TF2)[0]
 

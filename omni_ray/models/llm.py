@@ -22,6 +22,7 @@ from omni_ray.models.initialise import initialise_language
 from omni_ray.models.layers import RMSNorm
 from omni_ray.models.moe import Routing, balance_loss, expert_counts
 from omni_ray.models.packed_attention import packed_layout
+from omni_ray.models.recompute import RecomputeMode, layer_runner
 from omni_ray.models.rope import Turn, rope_tables
 from omni_ray.types.batch import AUDIO_PAD
 
@@ -61,6 +62,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.balance_groups = config.n_routed_experts
         self.rope_base = config.rope_theta
+        self.recompute: RecomputeMode = "none"
         self.model = Backbone(config)
         self.lm_head = None if config.tie_word_embeddings else _linear(config.hidden_size, config.vocab_size)
         tables = range(config.num_codebooks)
@@ -152,8 +154,9 @@ class LanguageModel(nn.Module):
             attend: How rows see each other.  experts: How FFN experts are computed.
         """
         routings = []
+        run = layer_runner(self.recompute)
         for index, layer in enumerate(self.model.layers):
-            x_TH, routing = layer(x_TH, attend, 2 * index, experts)
+            x_TH, routing = run(layer, x_TH, attend, 2 * index, experts)
             routings.append(routing)
         return x_TH, routings
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.recompute import rebuilding
 from omni_ray.models.rope import Turn
 
 LENGTH_TILE = 16
@@ -147,14 +148,16 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx, q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int, layout: PackedLayout) -> Tensor:  # type: ignore[no-untyped-def, override]
         out_The = q_Thd.new_empty(*q_Thd.shape[:2], kv_Thne.shape[2] - nope)
         kept: list[Tensor] = []
+        ctx.rebuilds = rebuilding()
         for r in layout.rectangles:
             q, k, v = _by_head(r, q_Thd, kv_Thne, k_rope_TR, nope)
             out_BLe = torch.empty_like(v)
+            keep = r.length <= RECOMPUTE_ABOVE and not ctx.rebuilds
             kept += [q, k, v]
             for start, end in _blocks(r.length):
                 probs = _probabilities(q, k, start, end)
                 out_BLe[:, start:end] = torch.bmm(probs, v[:, :end])
-                if r.length <= RECOMPUTE_ABOVE:
+                if keep:
                     kept.append(probs)
             room = r.room(out_The)
             room.copy_(out_BLe.unflatten(0, (r.count, -1)).transpose(1, 2))
@@ -170,7 +173,8 @@ class _PackedAttention(torch.autograd.Function):
         kept = iter(ctx.saved_tensors)
         for r in ctx.layout.rectangles:
             q, k, v = (next(kept) for _ in range(3))
-            probs = [next(kept) for _ in _blocks(r.length)] if r.length <= RECOMPUTE_ABOVE else None
+            keep = r.length <= RECOMPUTE_ABOVE and not ctx.rebuilds
+            probs = [next(kept) for _ in _blocks(r.length)] if keep else None
             grad_SLhe = r.take(grad_The)
             if r.padded is not None:
                 # Padded queries repeat a real row; with no gradient of their own they give nothing to any key.

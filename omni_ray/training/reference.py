@@ -44,6 +44,7 @@ class Reference:
         torch.set_num_threads(1)
         self.recipe = recipe
         self.networks: dict[str, Any] = {name: build_network(name, recipe).eval() for name in (*POOLS, "codec")}
+        self.networks["language"].recompute = recipe.pools.language.recompute
         self.optimizers = {name: PoolOptimizer(name, self.networks[name], recipe.optimizer) for name in POOLS}
 
     def step(self, prepared: PreparedStep, keep_gradients: bool = False) -> ReferenceStep:

@@ -64,6 +64,7 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "one-each-barrier": {"schedule": {"kind": "barrier"}},
+    "activations-made-again": {"pools": {"language": {"recompute": "selective"}, "vision": {"recompute": "full"}}},
     "two-each-pipelined-3-chunks": {
         "pools": {name: {"actors": 2} for name in ("vision", "audio", "language")},
         "schedule": {"kind": "pipelined", "window": 2, "num_chunks": 3},
