@@ -23,7 +23,7 @@ from omni_ray.inference.requests import Generation, GenerationRequest
 from omni_ray.inference.rows import Vocabulary
 from omni_ray.models.llm import LanguageModel, LanguageOutput
 from omni_ray.training.gap_measure import TEXT_TERMS
-from omni_ray.training.loss import TERMS, auxiliary, objective, term_scales
+from omni_ray.training.loss import TERMS, ahead_objective, auxiliary, objective, term_scales
 from omni_ray.training.optimizer import rates
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute, OmniBatch
 from omni_ray.types.modality import Modality
@@ -145,7 +145,8 @@ class LanguageWorker(NetworkWorker):
         scales = term_scales(stage.loss, context.counts)
         loss, sums = objective(self.network, output.hidden_TD, batch, scales)
         self._sums += sums
-        return loss + auxiliary(output, stage.loss, context.counts), output
+        loss = loss + auxiliary(output, stage.loss, context.counts)
+        return loss + ahead_objective(self.network, output.ahead_TD, batch, scales, stage.loss.mtp), output
 
     def build_engine(self, tokenizer: Tokenizer) -> None:
         """Make ready to answer prompts, after :meth:`build`; training does without."""

@@ -67,7 +67,8 @@ class NetworkWorker:
 
     def set_stage(self, index: int) -> bool:
         """Enter a curriculum stage; returns whether this network trains in it."""
-        keep_freed_memory()
+        if getattr(self.recipe.pools, self.rank.pool).keep_freed_memory:
+            keep_freed_memory()
         self.stage = self.recipe.stages[index]
         self.live = self.optimizer.set_stage(self.stage)
         return self.live

@@ -27,6 +27,8 @@ class LossWeights(Checked):
     """Alpha of the expert load-balance loss."""
     z: NonNegativeFloat = 1e-6
     """Hidden-state z-loss."""
+    mtp: NonNegativeFloat = 0.1
+    """Text predicted one token further, by a model with ``mtp_layers: 1``; over the weight of the text it predicts."""
 
 
 class LearningRate(Checked):

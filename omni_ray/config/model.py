@@ -14,7 +14,7 @@ SizeName = Literal["tiny", "small", "flash-omni"]
 class Checked(BaseModel):
     """Frozen settings; unknown keys are refused (with the nearest known key, by config/load.py)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class LanguageConfig(Checked):
@@ -71,6 +71,13 @@ class LanguageConfig(Checked):
             )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE rotates pairs, so make it even")
+        if self.mtp_layers > 1:
+            raise ConfigError(f"mtp_layers is {self.mtp_layers}; the published head has one layer, choose 0 or 1")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, yet vocab_size is {self.vocab_size}; choose an id below it"
+                )
         if self.num_codebooks not in (0, 4):
             raise ConfigError(f"num_codebooks is {self.num_codebooks}; the codec has 4 (0 for a text-only model)")
         return self

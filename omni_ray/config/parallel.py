@@ -31,6 +31,8 @@ class PoolConfig(Checked):
     ``full``: an encoder's whole forward, a language layer's; ``selective`` (language): norms, gates, gathered rows and
     attention probabilities.
     """
+    keep_freed_memory: bool = False
+    """Freed blocks stay with the process (glibc): steps with large tensors are faster, the process grows larger."""
     shard: Literal["none", "hsdp", "zero1", "zero2", "zero3"] = "none"
     offload: Literal["none", "cpu"] = "none"
     threads: PositiveInt = 1

@@ -36,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[part] = (slope_CV @ weight_VH).mul_(factor_C1.to(hidden.dtype))
             if grad_weight is not None:
                 _add_product(grad_weight, slope_CV.t(), hidden * factor_C1.to(hidden.dtype))
+            del log_CV, slope_CV  # before the next chunk's logits are made
         ctx.kept = (grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype))
         ctx.mark_non_differentiable(ce_R)
         return ce_R.dot(factor_R.to(wide)), ce_R

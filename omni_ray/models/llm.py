@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from omni_ray.models.grouped_experts import ExpertKernel, grouped_experts
 from omni_ray.models.initialise import initialise_language
 from omni_ray.models.layers import RMSNorm
 from omni_ray.models.moe import Routing, balance_loss, expert_counts
+from omni_ray.models.mtp import MultiTokenPrediction
 from omni_ray.models.packed_attention import packed_layout
 from omni_ray.models.recompute import RecomputeMode, layer_runner
 from omni_ray.models.rope import Turn, rope_tables
@@ -39,6 +42,8 @@ class LanguageOutput:
     """Scalar: load-balance loss without its weight, summed over layers and tokens (divide by the step's rows)."""
     z_loss: Tensor
     """Scalar: squared log-sum-exp of |hidden| before the final norm, summed over tokens, without its weight."""
+    ahead_TD: Tensor | None = None
+    """[T, H] rows whose text head predicts the token after the next; None without a multi-token-prediction head."""
 
 
 class Backbone(nn.Module):
@@ -49,6 +54,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([ShortcutLayer(config) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mtp = MultiTokenPrediction(config) if config.mtp_layers else None
 
 
 class LanguageModel(nn.Module):
@@ -115,15 +121,11 @@ class LanguageModel(nn.Module):
             cu_seqlens: 0 and the running sums of the sequence lengths, ending in T.
             positions_T: [T] integers, restarting in every sequence.
             rope_base: theta of this stage; None keeps the last one, at first the config's.
-            auxiliary: Compute balance_loss and z_loss; False leaves them zero.
+            auxiliary: Compute balance_loss, z_loss and ahead_TD; False leaves them zero and None.
         Raises:
-            ValueError: cu_seqlens does not cover the rows.
+            ValueError: cu_seqlens or the positions do not fit the rows, or (on the CPU) a row is not finite.
         """
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != embeddings_TD.shape[0]:
-            raise ValueError(
-                f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}, yet there are {embeddings_TD.shape[0]} "
-                "rows; it must be 0 and the running sums of the sequence lengths"
-            )
+        self._check_rows(embeddings_TD, cu_seqlens, positions_T)
         if rope_base is not None:
             # Kept, so that save_pretrained names the base of the last stage and decoding uses it.
             self.rope_base = rope_base
@@ -137,12 +139,41 @@ class LanguageModel(nn.Module):
             ).sum()
             z_loss = x_TH.float().abs().logsumexp(dim=-1).square().sum()
         experts = self.config.n_routed_experts + self.config.zero_expert_num
+        hidden_TH = self.model.norm(x_TH)
+        ahead = None
+        if auxiliary and self.model.mtp is not None:
+            ahead = layer_runner(self.recompute)(self.model.mtp, hidden_TH, embeddings_TD, cu_seqlens, layout)
         return LanguageOutput(
-            hidden_TD=self.model.norm(x_TH),
+            hidden_TD=hidden_TH,
+            ahead_TD=ahead,
             expert_counts_LE=torch.stack([expert_counts(routing.expert_TK, experts) for routing in routings]),
             balance_loss=balance,
             z_loss=z_loss,
         )
+
+    def _check_rows(self, embeddings_TD: Tensor, cu_seqlens: Sequence[int], positions_T: Tensor) -> None:
+        rows = embeddings_TD.shape[0]
+        if len(cu_seqlens) == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != rows:
+            ends = f"runs from {cu_seqlens[0]} to {cu_seqlens[-1]}" if len(cu_seqlens) else "is empty"
+            raise ValueError(
+                f"cu_seqlens {ends}, yet there are {rows} rows; it must be 0 and the running sums of the "
+                "sequence lengths"
+            )
+        for place, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+            if end < start:
+                raise ValueError(f"cu_seqlens falls from {start} to {end} at place {place + 1}; a length is at least 0")
+        if positions_T.shape != (rows,):
+            raise ValueError(
+                f"positions_T has shape {list(positions_T.shape)}, yet there are {rows} rows; give one to each"
+            )
+        # One sum sees every bad value; a GPU is not asked, for that would wait for it (the step's norm tells there).
+        if not embeddings_TD.is_cuda and not math.isfinite(float(embeddings_TD.detach().sum(dtype=torch.float32))):
+            bad_T = (~embeddings_TD.detach().isfinite()).any(dim=1).nonzero().flatten()
+            if len(bad_T):
+                raise ValueError(
+                    f"embeddings_TD holds values that are not finite in {len(bad_T)} rows, first row {int(bad_T[0])}; "
+                    "look at the media features or the weights that made them"
+                )
 
     def run_layers(
         self, x_TH: Tensor, attend: Attend, experts: ExpertKernel = grouped_experts

@@ -59,6 +59,8 @@ def language_parts(config: LanguageConfig) -> Iterator[Part]:
     for layer in range(config.num_layers):
         yield from _layer_parts(config, f"model.layers.{layer}.")
     yield whole("model.norm.weight")
+    if config.mtp_layers:
+        yield from _mtp_parts(config)
     if not config.tie_word_embeddings:
         yield whole("lm_head.weight")
     for kind in ("audio_embeddings", "audio_heads"):
@@ -67,19 +69,10 @@ def language_parts(config: LanguageConfig) -> Iterator[Part]:
 
 
 def _layer_parts(config: LanguageConfig, prefix: str) -> Iterator[Part]:
-    q_rank, inner, expert = config.q_lora_rank, config.ffn_hidden_size, config.expert_ffn_hidden_size
+    expert = config.expert_ffn_hidden_size
     for slot in range(2):
-        attention = f"{prefix}self_attn.{slot}."
-        held = f"{attention}qkv_a_proj.weight"
-        end = q_rank + config.kv_lora_rank + config.qk_rope_head_dim
-        yield Part(name=f"{attention}q_a_proj.weight", held=held, view=_rows(0, q_rank))
-        yield Part(name=f"{attention}kv_a_proj_with_mqa.weight", held=held, view=_rows(q_rank, end))
-        for kind in ("q_a_layernorm", "q_b_proj", "kv_a_layernorm", "kv_b_proj", "o_proj"):
-            yield Part(name=f"{attention}{kind}.weight", held=f"{attention}{kind}.weight", view=_whole)
-        mlp = f"{prefix}mlps.{slot}."
-        yield Part(name=f"{mlp}gate_proj.weight", held=f"{mlp}gate_up_proj.weight", view=_rows(0, inner))
-        yield Part(name=f"{mlp}up_proj.weight", held=f"{mlp}gate_up_proj.weight", view=_rows(inner, 2 * inner))
-        yield Part(name=f"{mlp}down_proj.weight", held=f"{mlp}down_proj.weight", view=_whole)
+        yield from _attention_parts(config, f"{prefix}self_attn.{slot}.")
+        yield from _mlp_parts(config, f"{prefix}mlps.{slot}.")
         for kind in ("input_layernorm", "post_attention_layernorm"):
             name = f"{prefix}{kind}.{slot}.weight"
             yield Part(name=name, held=name, view=_whole)
@@ -93,6 +86,31 @@ def _layer_parts(config: LanguageConfig, prefix: str) -> Iterator[Part]:
         yield Part(name=f"{experts}{index}.up_proj.weight", held=fused, view=_expert(index, expert, 2 * expert))
         down = f"{experts}down_proj"
         yield Part(name=f"{experts}{index}.down_proj.weight", held=down, view=_expert(index, 0, config.hidden_size))
+
+
+def _attention_parts(config: LanguageConfig, prefix: str) -> Iterator[Part]:
+    held = f"{prefix}qkv_a_proj.weight"
+    start, end = config.q_lora_rank, config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
+    yield Part(name=f"{prefix}q_a_proj.weight", held=held, view=_rows(0, start))
+    yield Part(name=f"{prefix}kv_a_proj_with_mqa.weight", held=held, view=_rows(start, end))
+    for kind in ("q_a_layernorm", "q_b_proj", "kv_a_layernorm", "kv_b_proj", "o_proj"):
+        yield Part(name=f"{prefix}{kind}.weight", held=f"{prefix}{kind}.weight", view=_whole)
+
+
+def _mlp_parts(config: LanguageConfig, prefix: str) -> Iterator[Part]:
+    inner, held = config.ffn_hidden_size, f"{prefix}gate_up_proj.weight"
+    yield Part(name=f"{prefix}gate_proj.weight", held=held, view=_rows(0, inner))
+    yield Part(name=f"{prefix}up_proj.weight", held=held, view=_rows(inner, 2 * inner))
+    yield Part(name=f"{prefix}down_proj.weight", held=f"{prefix}down_proj.weight", view=_whole)
+
+
+def _mtp_parts(config: LanguageConfig) -> Iterator[Part]:
+    layer = "model.mtp.layers.0."
+    for kind in ("eh_proj", "enorm.m", "hnorm.m", "input_layernorm", "post_attention_layernorm"):
+        yield Part(name=f"{layer}{kind}.weight", held=f"{layer}{kind}.weight", view=_whole)
+    yield from _attention_parts(config, f"{layer}self_attn.")
+    yield from _mlp_parts(config, f"{layer}transformer_layer.mlp.")
+    yield Part(name="model.mtp.norm.weight", held="model.mtp.norm.weight", view=_whole)
 
 
 def published_tensors(model: nn.Module, config: LanguageConfig) -> dict[str, Tensor]:
@@ -244,7 +262,9 @@ def load_language(model: nn.Module, config: LanguageConfig, folder: Path) -> Non
         # transformers writes gate and up rows for zero experts too, which nothing reads.
         expert = _EXPERT_NAME.match(name)
         beyond = expert is not None and config.n_routed_experts <= int(expert[1]) < experts
-        return beyond or name.startswith("model.mtp.")
+        # The published head repeats the embedding table; a model without the head passes over all of it.
+        ahead = "model.mtp.embed_tokens." if config.mtp_layers else "model.mtp."
+        return beyond or name.startswith(ahead)
 
     experts = config.n_routed_experts + config.zero_expert_num
     copy_checked(SafetensorsFolder(folder), published_tensors(model, config), passed_over)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from omni_ray.config.curriculum import LossWeights
 from omni_ray.models.cross_entropy import linear_cross_entropy
+from omni_ray.models.mtp import next_rows
 from omni_ray.types.batch import IGNORE, NUM_CODEBOOKS, LossKind, OmniBatch
 
 TERMS = ("text", "audio_text", "pad_text", "vision", "audio_0", "audio_1", "audio_2", "audio_3")
@@ -75,9 +76,7 @@ def objective(heads: Heads, hidden_TD: Tensor, batch: OmniBatch, scales: Mapping
     rows = (kinds != LossKind.NONE).nonzero().squeeze(1)
     if rows.numel():
         kind = kinds[rows]
-        factor = torch.zeros(len(LossKind), device=kind.device)
-        for loss_kind, term in _TEXT_TERMS.items():
-            factor[loss_kind] = scales[term]
+        factor = _text_factors(scales, kind.device)
         loss, ce = linear_cross_entropy(hidden_TD[rows], heads.text_head, batch.labels_T5[rows, 0], factor[kind])
         for loss_kind, term in _TEXT_TERMS.items():
             sums[TERMS.index(term)] = ce[kind == loss_kind].double().sum().cpu()
@@ -91,6 +90,39 @@ def objective(heads: Heads, hidden_TD: Tensor, batch: OmniBatch, scales: Mapping
             sums[TERMS.index(term)] = ce.double().sum().cpu()
             total = total + loss
     return total, sums
+
+
+def ahead_objective(
+    heads: Heads, ahead_TD: Tensor | None, batch: OmniBatch, scales: Mapping[str, float], weight: float
+) -> Tensor | float:
+    """Multi-token-prediction loss of one micro-batch: row t answers for the text label of row t + 1.
+
+    Args:
+        heads: The language model; its text head is shared.  ahead_TD: [T, D] of the head, or None without one.
+        batch: Labels and kinds.  scales: Output of :func:`term_scales`.  weight: Over that of the label's own term.
+    Returns:
+        The scalar loss, divided by the counts of the terms as they are: the first label of a sequence has no row
+        that predicts it this way.  Zero without a head.
+    Source: models.md section 4, MTP head.
+    """
+    if ahead_TD is None or not weight:
+        return 0.0
+    next_T = next_rows(batch.cu_seqlens, ahead_TD.device)
+    has_next_T = next_T != torch.arange(len(next_T), device=next_T.device)
+    kind_T = batch.loss_kind_T[next_T]
+    rows = (has_next_T & (kind_T != LossKind.NONE)).nonzero().squeeze(1)
+    if not rows.numel():
+        return 0.0
+    factor = _text_factors(scales, rows.device)[kind_T[rows]] * weight
+    loss, _ = linear_cross_entropy(ahead_TD[rows], heads.text_head, batch.labels_T5[next_T[rows], 0], factor)
+    return loss
+
+
+def _text_factors(scales: Mapping[str, float], device: torch.device) -> Tensor:
+    factor = torch.zeros(len(LossKind), device=device)
+    for loss_kind, term in _TEXT_TERMS.items():
+        factor[loss_kind] = scales[term]
+    return factor
 
 
 _TEXT_TERMS = {

@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
     """Let the C library hold on to freed blocks of any size instead of giving them back to the system.
 
     A training step takes and frees the same gigabytes over and over; a page that comes anew from the system costs
-    several times its own writing.  The process then stays as large as its largest step was.  Numbers do not change.
+    several times its own writing.  The process then stays as large as its largest step was, and larger where blocks
+    of many sizes leave gaps between them.  Numbers do not change.
 
     Returns:
         Whether the C library took the setting; others than glibc have none, and nothing happens there.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import fill_codec_rows
 from omni_ray.data.media import patch_rows, sound_rows
-from omni_ray.training.loss import TERMS, auxiliary, means, objective, term_scales
+from omni_ray.training.loss import TERMS, ahead_objective, auxiliary, means, objective, term_scales
 from omni_ray.training.networks import POOLS, build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
 from omni_ray.training.prepare import PreparedStep
@@ -69,6 +69,7 @@ class Reference:
             output = language(rows_TD, batch.cu_seqlens, batch.positions, rope_base=stage.rope_base)
             loss, part = objective(language, output.hidden_TD, batch, scales)
             loss = loss + auxiliary(output, stage.loss, plan.counts)
+            loss = loss + ahead_objective(language, output.ahead_TD, batch, scales, stage.loss.mtp)
             if loss.requires_grad:
                 loss.backward()
             sums += part

@@ -18,6 +18,7 @@ REFUSED = {
     "pools.vision.shard=hsdp": "pools.vision.shard is hsdp, which is not built yet in this version; choose none",
     "schedule.reduce=quick": "schedule.reduce is 'quick'; input should be 'ordered' or 'fast'",
     "schedule.window=0": "schedule.window is 0; input should be greater than 0",
+    "pools.vision.recompute=selective": "pools.vision.recompute is selective, which the language pool alone has",
     "seed": "--set 'seed' is not of the form a.b=value",
     "stages.S9.steps=1": "'S9' is neither a name nor a number below",
     "stages.S0.mixture={nothing: 1}": "stage S0 draws from 'nothing', which data.sources lacks",

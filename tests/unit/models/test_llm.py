@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from omni_ray.config.model import LanguageConfig, model_preset
 from omni_ray.models.llm import LanguageModel
@@ -109,9 +112,70 @@ def test_bias_controller_moves_ffn_experts_towards_the_target(config: LanguageCo
     assert torch.equal(bias[8:], torch.zeros(4))
 
 
-def test_wrong_cu_seqlens_is_refused(model: LanguageModel) -> None:
-    with pytest.raises(ValueError, match="cu_seqlens runs from 0 to 4, yet there are 5 rows"):
-        model(torch.zeros(5, 160), [0, 4], torch.arange(5))
+@pytest.mark.parametrize(
+    ("rows_", "cu", "positions", "text"),
+    [
+        (5, [0, 4], 5, "cu_seqlens runs from 0 to 4, yet there are 5 rows; it must be 0 and the running sums"),
+        (5, [], 5, "cu_seqlens is empty, yet there are 5 rows"),
+        (5, [0, 4, 3, 5], 5, "cu_seqlens falls from 4 to 3 at place 2; a length is at least 0"),
+        (5, [0, 5], 4, "positions_T has shape [4], yet there are 5 rows; give one to each"),
+    ],
+    ids=["short", "empty", "falling", "positions"],
+)
+def test_impossible_packings_are_refused(
+    model: LanguageModel, rows_: int, cu: list[int], positions: int, text: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        model(torch.zeros(rows_, 160), cu, torch.arange(positions))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_named(model: LanguageModel, bad: float) -> None:
+    x = torch.zeros(5, 160)
+    x[3, 7] = bad
+    with pytest.raises(ValueError, match="holds values that are not finite in 1 rows, first row 3; look at the media"):
+        model(x, [0, 5], torch.arange(5))
+
+
+@pytest.mark.parametrize("cu", [[0], [0, 0, 0]], ids=["no sequence", "empty sequences"])
+def test_an_empty_batch_is_a_normal_batch(config: LanguageConfig, cu: list[int]) -> None:
+    model = LanguageModel(config.model_copy(update={"mtp_layers": 1}))
+    empty = model.embed_rows(torch.empty(0, 5, dtype=torch.int64))
+    out = model(empty, cu, torch.empty(0, dtype=torch.int64))
+    assert out.hidden_TD.shape == (0, 160)
+    assert out.expert_counts_LE.sum() == 0
+    loss = out.hidden_TD.sum() + out.balance_loss + out.z_loss
+    assert float(loss.detach()) == 0.0
+    loss.backward()
+
+
+def test_z_loss_is_the_equation(model: LanguageModel) -> None:
+    """Squared log of the sum of exp |h|, over the rows before the final norm, which are read by a hook."""
+    seen: list[Tensor] = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    out = model(model.embed_rows(rows(torch.arange(20, 31))), [0, 4, 11], torch.tensor([*range(4), *range(7)]))
+    hook.remove()
+    want = sum(math.log(sum(math.exp(abs(float(h))) for h in row)) ** 2 for row in seen[0])
+    assert float(out.z_loss.detach()) == pytest.approx(want, rel=1e-5)
+
+
+def test_packing_computes_nothing_for_padding(model: LanguageModel) -> None:
+    """FLOPs of a pack are those of its sequences; only attention rounds a length up to 16."""
+
+    def flops(lengths: list[int]) -> int:
+        cu = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(model.embed_rows(rows(torch.arange(20, 20 + cu[-1]))), cu, torch.zeros(cu[-1], dtype=torch.int64))
+        return counter.get_total_flops()
+
+    exact = flops([64])
+    assert flops([16, 48]) < exact, "short beside long: nobody is padded to the longest"
+    config = model.config
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    # 2 attentions a layer; scores and mixing are 2 FLOPs a value; 61 and 64 rows share one rectangle of 64.
+    attention = 2 * config.num_layers * config.num_attention_heads * 2 * width * 64 * 64
+    a_row = (exact - attention) / 64
+    assert flops([61]) - attention < a_row * 64
 
 
 @pytest.mark.parametrize("shard", [10**9, 300_000], ids=["one file", "sharded"])
@@ -135,3 +199,36 @@ def test_the_last_rope_base_is_saved_and_used(config: LanguageConfig, tmp_path: 
     assert loaded.config.rope_theta == 50.0
     assert torch.equal(loaded(rows_TD, [0, 30], positions).hidden_TD, changed)
     assert not torch.allclose(LanguageModel(config)(rows_TD, [0, 30], positions).hidden_TD, changed, atol=1e-3)
+
+
+def test_no_sequence_feels_another(config: LanguageConfig) -> None:
+    """The gradient of one packed sequence's loss with respect to every other sequence's rows is nothing."""
+    model, lengths = LanguageModel(config, seed=2), [5, 17, 16, 1]
+    x = model.embed_rows(rows(torch.arange(20, 59))).detach().requires_grad_()
+    out = model(x, [0, 5, 22, 38, 39], torch.cat([torch.arange(n) for n in lengths]), auxiliary=False)
+    out.hidden_TD[5:22].square().sum().backward()
+    assert x.grad is not None
+    assert x.grad[5:22].abs().sum(dim=1).min() > 0
+    assert not x.grad[:5].any()
+    assert not x.grad[22:].any()
+
+
+def test_bias_controller_holds_the_mean_number_of_ffn_experts(config: LanguageConfig) -> None:
+    """A router that starts off target is steered there by its bias alone, step by step, and stays."""
+    model = LanguageModel(config, seed=4)
+    router = model.model.layers[0].mlp.router
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        router.classifier.weight[: config.n_routed_experts] *= 0.3  # FFN experts are rarely chosen at first
+    means = []
+    for _ in range(600):
+        u = torch.randn(256, config.hidden_size, generator=generator)
+        with torch.no_grad():
+            chosen = router(u).expert_TK
+        counts = torch.bincount(chosen.flatten(), minlength=12)
+        means.append(float(counts[:8].sum()) / 256)
+        model.update_expert_bias(counts.repeat(config.num_layers, 1), 2e-2)
+    assert abs(means[0] - config.target_ffn_experts) > 0.4, "it starts off target"
+    late = means[-100:]
+    assert sum(late) / 100 == pytest.approx(config.target_ffn_experts, abs=0.05)
+    assert max(abs(m - config.target_ffn_experts) for m in late) < 0.3
