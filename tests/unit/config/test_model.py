@@ -8,7 +8,6 @@ import pytest
 from pydantic import ValidationError
 
 from omni_ray.config.model import LanguageConfig
-from omni_ray.types.errors import ConfigError
 
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"moe_topk": 13, "n_routed_experts": 8, "zero_expert_num": 4}, "moe_topk is 13, yet 12 experts exist; choose 1"),
@@ -22,7 +21,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("sizes", "text"), IMPOSSIBLE, ids=lambda value: str(value)[:30])
 def test_contradictions_are_named(sizes: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(ValidationError, match=text):
         LanguageConfig(**sizes)
 
 

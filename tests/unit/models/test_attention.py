@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,32 @@ def test_forward_and_backward_equal_the_plain_equation(lengths: list[int]) -> No
     (want * weight).sum().backward()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+def close_to_plain(kernel: Any, lengths: list[int], tolerance: float, device: str = "cpu") -> None:
+    ours, theirs = inputs(lengths), inputs(lengths)
+    turn = Turn(*(x.to(device) for x in rope_tables(torch.cat([torch.arange(n) for n in lengths]), ROPE, 50.0)))
+    layout = packed.packed_layout(cu_of(lengths), HEADS, turn)
+    got = kernel(*(t.to(device) for t in ours), NOPE, layout).cpu()
+    want = plain_attention(*theirs, lengths)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("lengths", PACKINGS, ids=str)
+def test_the_kernel_of_gpus_equals_the_plain_equation_here_too(lengths: list[int]) -> None:
+    close_to_plain(packed.fused_attention, lengths, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lengths", PACKINGS, ids=str)
+def test_attention_on_a_gpu_equals_the_plain_equation(lengths: list[int]) -> None:
+    close_to_plain(packed.packed_attention, lengths, 1e-3, device="cuda")
 
 
 def test_gradients_pass_gradcheck() -> None:

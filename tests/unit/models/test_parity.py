@@ -20,8 +20,8 @@ transformers = pytest.importorskip("transformers")
 
 def random_config(seed: int) -> LanguageConfig:
     draw = random.Random(seed)
-    heads = draw.choice([2, 3, 4])
-    experts, zero = draw.choice([3, 8, 12]), draw.choice([0, 2, 5])
+    heads = draw.choice([1, 2, 3, 4])
+    experts, zero = draw.choice([2, 3, 8, 12]), draw.choice([0, 2, 5])
     return LanguageConfig(
         vocab_size=draw.choice([61, 128]),
         hidden_size=draw.choice([48, 64, 72]),
@@ -35,7 +35,7 @@ def random_config(seed: int) -> LanguageConfig:
         v_head_dim=draw.choice([9, 16, 24]),
         n_routed_experts=experts,
         zero_expert_num=zero,
-        moe_topk=draw.randint(2, min(5, experts + zero)),
+        moe_topk=draw.randint(2, min(5, experts + zero)),  # theirs fails at 1: a squeeze takes the choices' dim
         target_ffn_experts=1.0,
         expert_ffn_hidden_size=draw.choice([16, 40]),
         routed_scaling_factor=draw.choice([1.0, 2.5]),
@@ -88,7 +88,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-9))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(16))
 def test_logits_and_gradients_equal_transformers(tmp_path: Path, seed: int) -> None:
     config = random_config(seed)
     ours = perturbed(config, seed)
