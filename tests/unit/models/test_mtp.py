@@ -34,6 +34,13 @@ def slow_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / (x.square().mean() + eps).sqrt()
 
 
+def rotate(x: Tensor, t: int) -> Tensor:
+    """Pairs (2i, 2i+1) of one head at position t."""
+    angle = t * CONFIG.rope_theta ** (-torch.arange(0, len(x), 2) / len(x))
+    turned = torch.view_as_complex(x.view(-1, 2)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten()
+
+
 def slow_ahead(model: LanguageModel, hidden_TH: Tensor, embeddings_TH: Tensor) -> Tensor:
     """One sequence; attention head by head, query by query, from the published tensors."""
     p = {name.removeprefix("model.mtp."): t for name, t in weights.published_tensors(model, CONFIG).items()}
@@ -47,11 +54,6 @@ def slow_ahead(model: LanguageModel, hidden_TH: Tensor, embeddings_TH: Tensor) -
             slow_norm(hidden_TH[t], p[f"{at}hnorm.m.weight"], eps),
         ]
         z.append(p[f"{at}eh_proj.weight"] @ torch.cat(both))
-
-    def rotate(x: Tensor, t: int) -> Tensor:
-        angle = t * CONFIG.rope_theta ** (-torch.arange(0, r, 2) / r)
-        turned = torch.view_as_complex(x.view(-1, 2)) * torch.polar(torch.ones_like(angle), angle)
-        return torch.view_as_real(turned).flatten()
 
     w = {name.removeprefix(f"{at}self_attn."): t for name, t in p.items() if "self_attn" in name}
     queries, keys, values = [], [], []
