@@ -2,10 +2,11 @@
 
     python -m pipelines.components.codec --out codec-tiny --seed 0
 
-Stages with fixed numbers of steps: the semantic branch (CTC on spelling, then k-means), the acoustic encoder with its
-quantiser, the 24 kHz decoder (against mel frames, then against the waveform). Each leaves its weights in
-``OUT/stages``; the same command begun again goes on after the last finished stage. Speech comes from the assistant's
-voice and other synthetic voices, and from people where the environment variable OMNI_RAY_REAL_DATA names a folder.
+Stages with fixed numbers of steps: the semantic branch (CTC on spelling, then k-means), the acoustic encoder, then its
+quantiser from the latents, the 24 kHz decoder (against mel frames, then against the waveform). Each leaves its weights
+in ``OUT/stages``; the same command begun again goes on after the last finished stage. Speech comes from the
+assistant's voice and other synthetic voices, and from people where the environment variable OMNI_RAY_REAL_DATA names a
+folder.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from omni_ray.data.tiny_world.words import pairs, phrase
 from omni_ray.models.codec import Codec
 from pipelines.components.codec_decoder import DecoderRecipe, train_decoder
 from pipelines.components.codec_figures import codec_figures
+from pipelines.components.codec_latents import train_latents
 from pipelines.components.codec_material import Clip, digest, held_out_clips, training_clips
 from pipelines.components.codec_semantic import SemanticRecipe, train_semantic
-from pipelines.components.codec_stages import Cropper, StageRecipe, code_clips, train_latents
+from pipelines.components.codec_stages import Cropper, StageRecipe, code_clips
 
 REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
 HOLD_OUT = "yweweler"
+LEAST_STEPS = 20
+"""Of a scaled stage: a one-cycle schedule needs some."""
 Log = Callable[[str], None]
 
 
@@ -44,10 +48,26 @@ class CodecRecipe:
 
     semantic: SemanticRecipe = field(default_factory=SemanticRecipe)
     """CTC and k-means."""
-    latents: StageRecipe = field(default_factory=lambda: StageRecipe(steps=240, batch=8, frames=16, lr=2e-3))
-    """Encoder and quantiser."""
+    latents: StageRecipe = field(default_factory=lambda: StageRecipe(steps=600, batch=8, frames=16, lr=2e-3))
+    """Acoustic encoder; its quantiser is set from data."""
     decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
-    """The 24 kHz decoder on fixed codes, of the assistant's voice alone; ``--steps`` sets its last stage's steps."""
+    """The 24 kHz decoder on fixed codes."""
+
+    def scaled(self, share: float) -> CodecRecipe:
+        """The same stages with a share of the steps, for a try-out."""
+        if share == 1.0:
+            return self
+        parts = {name: _scaled(getattr(self.decoder, name), share) for name in ("frames", "wave", "polish")}
+        return replace(
+            self,
+            semantic=_scaled(self.semantic, share),
+            latents=_scaled(self.latents, share),
+            decoder=replace(self.decoder, **parts),
+        )
+
+
+def _scaled(stage: Any, share: float) -> Any:
+    return replace(stage, steps=max(LEAST_STEPS, round(stage.steps * share)))
 
 
 def train_codec(
@@ -88,14 +108,20 @@ def train_codec(
     keeper.run("latents", recipe.latents, latents)
 
     def decoder() -> None:
-        # The codec speaks with the assistant's voice; what it hears may be anyone's, so only the decoder is narrowed.
-        own = [clip for clip in clips if clip.kind == "assistant"]
-        cropper = Cropper(own, code_clips(codec, own, acoustic=True), codec, seed=seed + 3)
+        cropper = Cropper(clips, code_clips(codec, clips, acoustic=True), codec, seed=seed + 3)
         train_decoder(codec, cropper, recipe.decoder, seed=seed + 4, log=log)
 
     keeper.run("decoder", recipe.decoder, decoder)
     codec.eval().save_pretrained(out, dtype=torch.float16)
     return codec
+
+
+def step_share(text: str) -> float:
+    """A share of the steps from the command line: above 0, up to 1."""
+    share = float(text)
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is no share; choose a number above 0, up to 1")
+    return share
 
 
 class StageKeeper:
@@ -134,6 +160,7 @@ def make_card(
     recipe: CodecRecipe,
     config: CodecConfig,
     *,
+    command: str,
     hold_out: str,
     seed: int,
     minutes: float,
@@ -146,7 +173,7 @@ def make_card(
     }
     return {
         "component": "four-codebook audio codec (tiny): semantic branch, acoustic encoder, quantiser, 24 kHz decoder",
-        "command": f"python -m pipelines.components.codec --out DIR --steps {recipe.decoder.wave.steps} --seed {seed}",
+        "command": command,
         "seed": seed,
         "cpu_minutes": round(minutes, 1),
         "threads": torch.get_num_threads(),
@@ -170,14 +197,19 @@ def make_card(
     }
 
 
+def told_command(options: argparse.Namespace, real_data: Path | None) -> str:
+    """The command that repeats a run, as the card tells it."""
+    words = ["OMNI_RAY_REAL_DATA=FOLDER"] if real_data else []
+    words += ["python -m pipelines.components.codec --out DIR", f"--seed {options.seed}"]
+    words += [f"--hold-out {options.hold_out}"] if options.hold_out != HOLD_OUT else []
+    return " ".join([*words, *([f"--scale {options.scale:g}"] if options.scale != 1.0 else [])])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; figures as one JSON document on standard output, progress on standard error."""
-    defaults = CodecRecipe()
     parser = argparse.ArgumentParser(prog="python -m pipelines.components.codec", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--steps", type=int, default=defaults.decoder.wave.steps, help="steps of the last stage (default %(default)s)"
-    )
+    parser.add_argument("--scale", type=step_share, default=1.0, help="share of every stage's steps (default 1.0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-out", default=HOLD_OUT, help="person kept for the figures (default %(default)s)")
     parser.add_argument("--open-judge", action="store_true", help="figures by the open-vocabulary judge as well (slow)")
@@ -185,8 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     folder = os.environ.get(REAL_DATA_VARIABLE)
     real_data = Path(folder) if folder else None
-    wave = replace(defaults.decoder.wave, steps=options.steps)
-    recipe = replace(defaults, decoder=replace(defaults.decoder, wave=wave))
+    recipe = CodecRecipe().scaled(options.scale)
     config = model_preset("tiny").codec
     clips = training_clips(real_data, seed=options.seed, hold_out=options.hold_out)
     started, cpu = time.monotonic(), time.process_time()
@@ -198,9 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     minutes = (time.process_time() - cpu) / 60
     held_out = held_out_clips(real_data, hold_out=options.hold_out)
     # The figures are the shipped weights', fp16 rounding included.
-    figures = codec_figures(codec.from_pretrained(options.out), held_out, open_judge=options.open_judge)
+    figures = codec_figures(
+        codec.from_pretrained(options.out), held_out, open_judge=options.open_judge, codebooks=(2, 3, 4)
+    )
     card = make_card(
-        clips, recipe, config, hold_out=options.hold_out, seed=options.seed, minutes=minutes, figures=figures
+        clips,
+        recipe,
+        config,
+        command=told_command(options, real_data),
+        hold_out=options.hold_out,
+        seed=options.seed,
+        minutes=minutes,
+        figures=figures,
     )
     (options.out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

@@ -99,11 +99,11 @@ def _distance(made: Tensor, target: Tensor) -> Tensor:
 class DecoderRecipe:
     """The stages of the decoder."""
 
-    frames: StageRecipe = field(default_factory=lambda: StageRecipe(steps=1200, batch=16, frames=16, lr=3e-3))
+    frames: StageRecipe = field(default_factory=lambda: StageRecipe(steps=1400, batch=16, frames=16, lr=3e-3))
     """Front and first upsampling stage against mel frames."""
-    wave: StageRecipe = field(default_factory=lambda: StageRecipe(steps=2000, batch=4, frames=12, lr=3e-3))
+    wave: StageRecipe = field(default_factory=lambda: StageRecipe(steps=2200, batch=4, frames=12, lr=3e-3))
     """The whole decoder against the waveform, the read-out of the front beside it."""
-    polish: StageRecipe = field(default_factory=lambda: StageRecipe(steps=1500, batch=4, frames=12, lr=2e-3))
+    polish: StageRecipe = field(default_factory=lambda: StageRecipe(steps=1400, batch=4, frames=12, lr=2e-3))
     """A second, gentler cycle on the waveform alone."""
 
 

@@ -22,10 +22,10 @@ UNITS = "-abcdefghijklmnopqrstuvwxyz|"
 class SemanticRecipe:
     """How the semantic branch is trained."""
 
-    steps: int = 400
-    """Optimiser steps."""
-    clips_per_kind: int = 12
-    """Clips of the assistant, of synthetic voices and of people a step."""
+    steps: int = 900
+    """Optimiser steps: the assistant, synthetic voices and people take turns, so that short clips are not padded."""
+    clips: int = 24
+    """Clips of one kind a step."""
     lr: float = 3e-3
     """Peak of the one-cycle schedule (AdamW)."""
     gain_log: float = 1.5
@@ -66,13 +66,10 @@ def train_semantic(
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
     chance = torch.Generator().manual_seed(seed)
-    kinds = by_kind(clips)
+    kinds = list(by_kind(clips).values())
     for step in range(recipe.steps):
-        places = [
-            group[int(i)]
-            for group in kinds.values()
-            for i in torch.randint(0, len(group), (recipe.clips_per_kind,), generator=chance)
-        ]
+        group = kinds[step % len(kinds)]
+        places = [group[int(i)] for i in torch.randint(0, len(group), (recipe.clips,), generator=chance)]
         varied = [_varied(features[place], recipe, chance) for place in places]
         loss = _ctc(codec, head, varied, [spelling(clips[place].words) for place in places])
         optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,7 @@
-"""The codec's acoustic training, first part: encoder and quantiser against mel frames; crops, and the loop of a stage.
+"""What the stages of the codec's acoustic training share: crops of clips, the decoder's front, the loop of a stage.
 
-*latents*: acoustic encoder + AGRVQ + GLSTM, judged by how well a linear read-out gives the clip's mel frames. Far
-cheaper than going through the upsampler, and its gradient is good from the first step. The decoder then trains on the
-fixed codes (``codec_decoder.py``), as in the report's stage 2.
+``codec_latents.py`` trains encoder and quantiser, then ``codec_decoder.py`` the decoder on the fixed codes, as in the
+report's stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 from omni_ray.models.codec import Codec
 from pipelines.components.codec_material import Clip, by_kind
 from pipelines.components.codec_semantic import whole_frames
-
-FBANK_PER_FRAME = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,34 +100,6 @@ def fitted(row: Tensor, length: int) -> Tensor:
     return torch.cat([row, row[-1:].expand(missing, *row.shape[1:])])
 
 
-def train_latents(
-    codec: Codec, cropper: Cropper, recipe: StageRecipe, *, seed: int, log: Callable[[str], None]
-) -> None:
-    """Stage 1: encoder, quantiser and GLSTM against mel frames; ends with the encoder side frozen."""
-    config = codec.config
-    readout = nn.Conv1d(config.decoder_dim, FBANK_PER_FRAME * config.num_mels, 1)
-    front = [codec.decoder.semantic, codec.decoder.glstm, codec.decoder.conv_in]
-    trained = [*codec.acoustic.parameters(), *codec.quantizer.parameters(), *readout.parameters()]
-    trained += [weight for part in front for weight in part.parameters()]
-    chance = torch.Generator().manual_seed(seed)
-
-    def loss_of(step: int) -> Tensor:
-        cut = cropper.draw(recipe.batch, recipe.frames)
-        with torch.no_grad():
-            fbank_BFC = codec.fbank(cut.input_BS)
-            target_BFC = (fbank_BFC - codec.semantic.mean_C) * codec.semantic.scale_C
-        latents_BZN = codec.acoustic(cut.input_BS.unsqueeze(1))
-        if step == 0 or (step % 20 == 0 and step < recipe.steps // 2):
-            revive(codec, latents_BZN.detach(), chance, everything=step == 0)
-        quantized = codec.quantizer(latents_BZN, dropped_levels(recipe.batch, config.levels, chance))
-        hidden_BCN = front_end(codec, cut.codes_BNK[..., 0], quantized.values_BZT)
-        made_BFC = readout(hidden_BCN).transpose(1, 2).reshape(recipe.batch, -1, config.num_mels)
-        mel = (made_BFC[:, : target_BFC.shape[1]] - target_BFC).abs().mean()
-        return mel + 0.25 * quantized.commit_loss + quantized.codebook_loss
-
-    optimise("latents", trained, recipe, loss_of, log)
-
-
 def optimise(
     name: str,
     trained: list[nn.Parameter],
@@ -180,23 +149,6 @@ def dropped_levels(batch: int, levels: int, chance: torch.Generator) -> Tensor:
     drawn_B = torch.randint(1, levels + 1, (batch,), generator=chance)
     whole_B = torch.rand(batch, generator=chance) < 0.75
     return torch.where(whole_B, torch.full_like(drawn_B, levels), drawn_B)
-
-
-@torch.no_grad()
-def revive(codec: Codec, latents_BZN: Tensor, chance: torch.Generator, *, everything: bool) -> None:
-    """Set unused (at first: all) codebook entries to projections of real latents, so that no code lies idle."""
-    residual_BZN = latents_BZN
-    levels: Iterable[Any] = codec.quantizer.levels
-    for level in levels:
-        for project, book in zip(level.project_in, level.codebooks, strict=True):
-            x_BPN = project(residual_BZN)
-            entries = book.entries_GP.shape[0]
-            used_G = torch.bincount(book.nearest(x_BPN).reshape(-1), minlength=entries) > 0
-            rows_RP = x_BPN.transpose(1, 2).reshape(-1, x_BPN.shape[1])
-            idle_E = torch.arange(entries) if everything else (~used_G).nonzero()[:, 0]
-            chosen_E = torch.randint(0, rows_RP.shape[0], (len(idle_E),), generator=chance)
-            book.entries_GP[idle_E] = rows_RP[chosen_E]
-        residual_BZN = residual_BZN - level(residual_BZN)[0]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 from omni_ray.data.tiny_world import corpus
 from omni_ray.data.tiny_world.clips import human_flac, own_facts, own_phrases, own_says
 from omni_ray.data.tiny_world.speech import ASSISTANT_VOICE, Voice
-from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, all_words, phrase
+from omni_ray.data.tiny_world.words import COLOURS, DIGITS, DIRECTIONS, all_words, is_held_out, phrase
 from omni_ray.data.tiny_world.world import (
     Album,
     Draft,
@@ -24,7 +24,9 @@ from omni_ray.data.tiny_world.world import (
     voice,
 )
 
-_SPEECH_SHARES = {"say": 0.55, "tell": 0.15, "hear": 0.30}
+_SPEECH_SHARES = {"say": 0.65, "tell": 0.10, "hear": 0.25}
+_PHRASE_SHARE, _WORD_SHARE = 0.3, 0.15
+"""Of what is to be said: phrases of the training pairs, single words; the rest are loose rows of words."""
 _ABOUT_STILL = ("digit", "colour", "both")
 
 
@@ -41,13 +43,30 @@ def speech_text_samples(world: World, rng: np.random.Generator, count: int) -> I
         if kind == "hear":
             yield _codec_heard(world, rng)
         elif kind == "say":
-            words = phrase(colour, digit) if rng.random() < 0.7 else pick(rng, all_words())
+            words = _to_say(rng, colour, digit)
             yield spoken(world, "speech_say", (text(pick(rng, corpus.SAY).format(words)),), words)
         else:
             question = pick(rng, _ABOUT_STILL)
             told = corpus.statements(colour, digit, pick(rng, tuple(DIRECTIONS)))
             asked = f"{pick(rng, told)}\n{pick(rng, corpus.QUESTIONS[question])}"
             yield spoken(world, "speech_tell", (text(asked),), corpus.answer(question, colour, digit))
+
+
+def _to_say(rng: np.random.Generator, colour: str, digit: int) -> str:
+    """A phrase, one word, or a row of two or three words in any order.
+
+    Where every colour is followed by its own few digits, a small model learns the sound of each pair as a whole and
+    says another digit in an unseen one; loose rows put every word after every other.
+    """
+    kind = rng.random()
+    if kind < _PHRASE_SHARE:
+        return phrase(colour, digit)
+    if kind < _PHRASE_SHARE + _WORD_SHARE:
+        return pick(rng, all_words())
+    while True:
+        row = [pick(rng, all_words()) for _ in range(int(rng.integers(2, 4)))]
+        if not any(is_held_out(c, d) for c in row if c in COLOURS for d in row if d in DIGITS):
+            return " ".join(row)
 
 
 def _spoken_unseen(world: World, count: int) -> Iterator[Draft]:
