@@ -78,10 +78,10 @@ def write_world(root: Path) -> None:
     (root / "manifest.json").write_text("{}")
 
 
-def write_components(folder: Path) -> None:
-    """Untrained vision, audio and codec networks, the same at every call."""
+def write_components(folder: Path, seed: int = 0) -> None:
+    """Untrained vision, audio and codec networks, the same at every call with one seed."""
     model = model_preset("tiny")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     VisionEncoder(model.vision).save_pretrained(folder / "vision")
     AudioEncoder(model.audio).save_pretrained(folder / "audio")
     Codec(model.codec).save_pretrained(folder / "codec")

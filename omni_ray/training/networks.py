@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from omni_ray.types.errors import ConfigError
 
 POOLS = ("language", "vision", "audio")
 """Pools that train, in the order in which norms are summed."""
+COMPONENTS = ("vision", "audio", "codec")
+"""Networks that enter the curriculum pretrained."""
 
 
 def component_folder(recipe: Recipe, name: str) -> Path:
@@ -34,6 +37,24 @@ def component_folder(recipe: Recipe, name: str) -> Path:
             "choose shipped, or a folder with vision/, audio/ and codec/"
         )
     return folder
+
+
+def components_fingerprint(recipe: Recipe) -> str:
+    """Hash over the weights of the pretrained components a recipe starts from, wherever they lie.
+
+    Raises:
+        ConfigError: a component is not there.
+    """
+    whole = hashlib.sha256()
+    for name in COMPONENTS:
+        weights = component_folder(recipe, name) / "model.safetensors"
+        try:
+            whole.update(hashlib.sha256(weights.read_bytes()).digest())
+        except OSError as error:
+            raise ConfigError(
+                f"{weights} cannot be read ({error.strerror}); restore it, or name other components"
+            ) from error
+    return whole.hexdigest()[:16]
 
 
 def build_network(name: str, recipe: Recipe, folder: Path | None = None) -> nn.Module:

@@ -20,6 +20,7 @@ from omni_ray.config.recipe import Recipe
 from omni_ray.data.order_state import OrderState
 from omni_ray.observability.events import emit
 from omni_ray.training.data_position import guarantees, position_record, resumed_state
+from omni_ray.training.networks import components_fingerprint
 from omni_ray.training.prepare import StepBuilder, tokenizer_file
 from omni_ray.types.errors import CheckpointError
 from pipelines.training.data_root import data_fingerprint, data_root
@@ -68,7 +69,21 @@ def resume_point(recipe: Recipe, out: Path, resume: bool) -> ResumePoint:
                 f"{newest} was made by another {what} (fingerprint {state[what]}, now {mine}); resuming would not "
                 f"continue the same run: restore the {what}, or start in another --out"
             )
+    _check_components(recipe, newest, state)
     return ResumePoint(step=int(state["step"]), checkpoint=newest, guarantees=guarantees(builder), order=order)
+
+
+def _check_components(recipe: Recipe, newest: Path, state: Mapping[str, Any]) -> None:
+    """Other pretrained parts make another run; a checkpoint of an earlier version does not say which it had."""
+    made = state.get("components")
+    if made is None:
+        return
+    mine = components_fingerprint(recipe)
+    if made["weights"] != mine:
+        raise CheckpointError(
+            f"{newest} was made with components {made['name']} (weights {made['weights']}), not with "
+            f"{recipe.components} (weights {mine}); restore them, or start in another --out"
+        )
 
 
 class CheckpointWriter:
@@ -169,6 +184,7 @@ def write_run_state(recipe: Recipe, folder: Path, step: int, position: Mapping[s
             "seed": recipe.seed,
             "recipe": recipe.numbers_fingerprint(),
             "recipe_but_order": recipe.numbers_fingerprint(without=ORDER_KEYS),
+            "components": {"name": recipe.components, "weights": components_fingerprint(recipe)},
             "data": data_fingerprint(root),
         },
     )

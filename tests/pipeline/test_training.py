@@ -159,6 +159,10 @@ def test_stop_signal_then_resume_ends_with_the_same_bits(
         train(recipe, out, quiet=True)
     with pytest.raises(CheckpointError, match="was made by another recipe"):
         train(mini_recipe(base, seed=5), out, resume=True, quiet=True)
+    others = tmp_path / "others"
+    write_components(others, seed=1)
+    with pytest.raises(CheckpointError, match=rf"was made with components {base / 'components'} .* not with {others} "):
+        train(recipe.model_copy(update={"components": str(others)}), out, resume=True, quiet=True)
     result = train(recipe, out, resume=True, quiet=True)
     assert result.finished
     assert result.checkpoint is not None
