@@ -104,6 +104,9 @@ def _add_training(commands: _Commands) -> None:
     _add_set(quickstart)
     quickstart.add_argument("--recipe", default="tiny", help="preset name or path of a YAML file")
     quickstart.add_argument("--components", default="shipped", help="shipped, train, or a folder of trained ones")
+    quickstart.add_argument(
+        "--components-scale", type=float, default=1.0, help="share of their steps with --components train (default 1)"
+    )
     quickstart.add_argument("--seed", type=int, default=0, help="other initial weights and order")
     train = commands.add(
         "train",

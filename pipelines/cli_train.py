@@ -23,6 +23,7 @@ def quickstart(args: Namespace) -> Outcome:
         out,
         recipe=args.recipe,
         components=_components(args.components),
+        components_scale=args.components_scale,
         real_data=real_data,
         seed=args.seed,
         overrides=args.set,

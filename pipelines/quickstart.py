@@ -17,7 +17,7 @@ from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import EventLog, event_log_to
 from omni_ray.observability.progress import Progress
-from omni_ray.types.errors import CheckpointError, OmniError, ResourceError
+from omni_ray.types.errors import CheckpointError, ConfigError, OmniError, ResourceError
 from pipelines.bench.writer import BenchReport, Figure, environment, not_run, total_memory_bytes, write_report
 from pipelines.evaluation import table
 from pipelines.peak_memory import PeakMemory
@@ -73,6 +73,7 @@ def quickstart(
     *,
     recipe: str = "tiny",
     components: str = "shipped",
+    components_scale: float = 1.0,
     real_data: Path | None = None,
     seed: int = 0,
     overrides: list[str] | None = None,
@@ -86,6 +87,7 @@ def quickstart(
     Args:
         out: Folder of the run.  recipe: Preset or YAML file.  overrides: Words ``a.b=value`` for it.
         components: ``shipped``; ``train``: train vision, audio and codec first; or their folder.
+        components_scale: With ``train``, the share of their steps, for a try-out.
         real_data: Folder of real recordings and pictures.  seed: Of weights and order.
         open_judge: Let the open-vocabulary recogniser hear some clips as well (half a minute), where it is installed.
     Raises:
@@ -93,6 +95,8 @@ def quickstart(
         OmniError: a stop signal ended the training early; the same command goes on.
         ConfigError, DataError, CheckpointError: as their texts say.
     """
+    if not 0.0 < components_scale <= 1.0:
+        raise ConfigError(f"components_scale is {components_scale:g}; choose a share above 0, up to 1")
     words = [*(overrides or []), f"seed={seed}"]
     if components != "train":  # trained ones get their folder's name once they are there
         words.append(f"components={components}")
@@ -102,7 +106,7 @@ def quickstart(
     out.mkdir(parents=True, exist_ok=True)
     with PeakMemory() as memory, event_log_to(EventLog(jsonl=out / "events.jsonl")):
         run = _Run(out=out, memory=memory, spent=Spent.read(out / SPENT))
-        document = run.whole(plan, components, real_data, open_judge)
+        document = run.whole(plan, components, components_scale, real_data, open_judge)
     return document
 
 
@@ -131,13 +135,16 @@ class _Run:
     memory: PeakMemory
     spent: Spent
 
-    def whole(self, plan: Recipe, components: str, real_data: Path | None, open_judge: bool) -> dict[str, Any]:
+    def whole(
+        self, plan: Recipe, components: str, scale: float, real_data: Path | None, open_judge: bool
+    ) -> dict[str, Any]:
         """All phases in order."""
         with self.spent.phase("data", self.memory):
             root, plan = build_data(plan, real_data)
         if components == "train":
             with self.spent.phase("components", self.memory):
-                plan = _with_components(plan, train_components(self.out / "components", plan.seed, real_data))
+                made = train_components(self.out / "components", plan.seed, real_data, scale)
+                plan = _with_components(plan, made)
         self._check_components(plan)
         done = self._finished(plan, root)
         if done is not None:
@@ -156,7 +163,7 @@ class _Run:
         return self._report(plan, root, figures, answers)
 
     def _check_components(self, plan: Recipe) -> None:
-        """Other components make another run, which the recipe's fingerprint does not tell."""
+        """Other components make another run, whose report would be taken for this one's."""
         begun = self.out / "recipe.yaml"
         before = load_recipe(str(begun)).components if begun.is_file() else plan.components
         if before != plan.components:
@@ -268,11 +275,11 @@ def _source_progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.close()
 
 
-def train_components(folder: Path, seed: int, real_data: Path | None) -> Path:
+def train_components(folder: Path, seed: int, real_data: Path | None, scale: float = 1.0) -> Path:
     """Train vision encoder, audio encoder and codec by their documented commands; those already whole are kept."""
     from pipelines.quickstart_components import train_all
 
-    return train_all(folder, seed, real_data, say)
+    return train_all(folder, seed, real_data, say, scale=scale)
 
 
 def _with_components(plan: Recipe, folder: Path) -> Recipe:

@@ -29,6 +29,7 @@ from omni_ray.models.audio_encoder import AudioEncoder
 from omni_ray.types.errors import ConfigError
 from pipelines.components.audio_batches import Augmentation, SpeechBatch, SpeechBatcher
 from pipelines.components.audio_material import Clip, digest, held_out_clips, training_clips, vocabulary
+from pipelines.components.options import add_scale, scaled_steps
 
 REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
 DEFAULT_STEPS = 3000
@@ -252,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.components.audio", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimiser steps (default %(default)s)")
+    add_scale(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-out", default=HOLD_OUT, help="person kept for the figures (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -262,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         real_data=Path(folder) if folder else None,
         hold_out=options.hold_out,
         seed=options.seed,
-        recipe=AudioRecipe(steps=options.steps),
+        recipe=AudioRecipe(steps=scaled_steps(options.steps, options.scale)),
         log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(json.dumps(card["figures"], indent=2))

@@ -34,11 +34,10 @@ from pipelines.components.codec_latents import train_latents
 from pipelines.components.codec_material import Clip, digest, held_out_clips, training_clips
 from pipelines.components.codec_semantic import SemanticRecipe, train_semantic
 from pipelines.components.codec_stages import Cropper, StageRecipe, code_clips
+from pipelines.components.options import add_scale, scaled_steps
 
 REAL_DATA_VARIABLE = "OMNI_RAY_REAL_DATA"
 HOLD_OUT = "yweweler"
-LEAST_STEPS = 20
-"""Of a scaled stage: a one-cycle schedule needs some."""
 Log = Callable[[str], None]
 
 
@@ -67,7 +66,7 @@ class CodecRecipe:
 
 
 def _scaled(stage: Any, share: float) -> Any:
-    return replace(stage, steps=max(LEAST_STEPS, round(stage.steps * share)))
+    return replace(stage, steps=scaled_steps(stage.steps, share))
 
 
 def train_codec(
@@ -114,14 +113,6 @@ def train_codec(
     keeper.run("decoder", recipe.decoder, decoder)
     codec.eval().save_pretrained(out, dtype=torch.float16)
     return codec
-
-
-def step_share(text: str) -> float:
-    """A share of the steps from the command line: above 0, up to 1."""
-    share = float(text)
-    if not 0.0 < share <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is no share; choose a number above 0, up to 1")
-    return share
 
 
 class StageKeeper:
@@ -209,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; figures as one JSON document on standard output, progress on standard error."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.components.codec", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--scale", type=step_share, default=1.0, help="share of every stage's steps (default 1.0)")
+    add_scale(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold-out", default=HOLD_OUT, help="person kept for the figures (default %(default)s)")
     parser.add_argument("--open-judge", action="store_true", help="figures by the open-vocabulary judge as well (slow)")

@@ -29,6 +29,7 @@ from omni_ray.training.contrastive import ContrastiveModel, distillation_loss, d
 from omni_ray.training.muon import Muon
 from omni_ray.training.vision_teacher import ConvTeacher, train_teacher
 from omni_ray.types.errors import OmniError
+from pipelines.components.options import add_scale, scaled_steps
 from pipelines.components.vision_batches import MOVING_BOX, PICTURE_BOX, BatchPainter, PictureBatch, patchify
 from pipelines.components.vision_figures import evaluate_vision
 
@@ -286,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.components.vision", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="optimiser steps (default %(default)s)")
+    add_scale(parser)
     parser.add_argument("--seed", type=int, default=0, help="of weights and pictures (default %(default)s)")
     parser.add_argument(
         "--native-from", type=float, default=1.0, help="share of the steps after which wide pictures join; 1 for never"
@@ -295,7 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    recipe = VisionRecipe(steps=options.steps, native_from=options.native_from, teacher_steps=options.teacher_steps)
+    recipe = VisionRecipe(
+        steps=scaled_steps(options.steps, options.scale),
+        native_from=options.native_from,
+        teacher_steps=options.teacher_steps,
+    )
     folder = os.environ.get(REAL_DATA_VARIABLE)
     try:
         card = train_vision(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from omni_ray.data.tiny_world.world import (
     voice,
 )
 
-_SPEECH_SHARES = {"say": 0.65, "tell": 0.10, "hear": 0.25}
-_PHRASE_SHARE, _WORD_SHARE = 0.3, 0.15
+_SPEECH_SHARES = {"say": 0.55, "tell": 0.15, "hear": 0.30}
+_PHRASE_SHARE, _WORD_SHARE = 0.6, 0.2
 """Of what is to be said: phrases of the training pairs, single words; the rest are loose rows of words."""
 _ABOUT_STILL = ("digit", "colour", "both")
 
@@ -53,11 +53,7 @@ def speech_text_samples(world: World, rng: np.random.Generator, count: int) -> I
 
 
 def _to_say(rng: np.random.Generator, colour: str, digit: int) -> str:
-    """A phrase, one word, or a row of two or three words in any order.
-
-    Where every colour is followed by its own few digits, a small model learns the sound of each pair as a whole and
-    says another digit in an unseen one; loose rows put every word after every other.
-    """
+    """A phrase, one word, or a loose row of two or three words, so that the order of words is heard from the prompt."""
     kind = rng.random()
     if kind < _PHRASE_SHARE:
         return phrase(colour, digit)
@@ -178,9 +174,9 @@ def speech_dialogue_samples(world: World, rng: np.random.Generator, count: int) 
             asks = own_facts(speaker) if world.held_out or rng.random() < 0.6 else own_says(speaker)
             asked = pick(rng, asks)
             words = answers.get(asked, asked.removeprefix("say "))
-            question, reply = f"question{turn}.flac", f"answer{turn}.flac"
-            media |= {question: world.clips.flac(speaker, asked), reply: world.clips.flac(ASSISTANT_VOICE, words)}
-            turns += [user(part("audio", question)), voice(words, reply)]
+            question, (reply, said) = f"question{turn}.flac", voice(words, f"answer{turn}")
+            media |= {question: world.clips.flac(speaker, asked)} | _in_own_voice(world, said)
+            turns += [user(part("audio", question)), reply]
         facts = {"task": "speech_dialogue", "answer": words, "voice": speaker.name, "aloud": True}
         yield Draft(kind="speech_dialogue", messages=tuple(turns), media=media, facts=facts)
 
@@ -193,13 +189,21 @@ def spoken(
     facts: dict[str, Any] | None = None,
     media: dict[str, bytes] | None = None,
 ) -> Draft:
-    """A question with an answer in the assistant's voice, as ``answer.flac`` at the end."""
+    """A question with an answer in the assistant's voice, word by word; held out, its phrase as ``answer.flac`` too."""
+    reply, said = voice(words, "answer")
+    media = {**(media or {}), **_in_own_voice(world, said)}
+    if world.held_out:
+        media["answer.flac"] = world.clips.flac(ASSISTANT_VOICE, words)
     return Draft(
         kind=kind,
-        messages=(user(*asked), voice(words, "answer.flac")),
-        media={**(media or {}), "answer.flac": world.clips.flac(ASSISTANT_VOICE, words)},
+        messages=(user(*asked), reply),
+        media=media,
         facts={"task": kind, "answer": words, "aloud": True, **(facts or {})},
     )
+
+
+def _in_own_voice(world: World, said: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: world.clips.flac(ASSISTANT_VOICE, word) for name, word in said.items()}
 
 
 def _written_down(kind: str, flac: bytes, words: str, facts: dict[str, Any]) -> Draft:

@@ -130,9 +130,18 @@ def assistant(words: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [text(words)]}
 
 
-def voice(words: str, media: str) -> dict[str, Any]:
-    """A spoken answer with its words."""
-    return {"role": "voice", "content": [part("speech", media, text=words)]}
+def voice(words: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A spoken answer, each word a segment of its own: (message, word by member name ``{name}-{place}.flac``).
+
+    A small model that speaks a phrase as one segment learns the sound of each pair of words as a whole; a segment a
+    word ties every sound to the text beside it (models.md section 3.1, segments joined by a pause).
+    """
+    said = {f"{name}-{place}.flac": word for place, word in enumerate(words.split())}
+    parts = [
+        part("speech", media, text=word if place == 0 else f" {word}")
+        for place, (media, word) in enumerate(said.items())
+    ]
+    return {"role": "voice", "content": parts}, said
 
 
 def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
