@@ -35,7 +35,10 @@ def write_held_out(root: Path, *, people: bool = True, mnist: bool = True) -> No
         write_samples(root / task, [_heard(rng, task, i) for i in range(COUNT)])
     write_samples(root / "cross_modal", [_cross_modal(rng, i) for i in range(3 * COUNT)])
     write_samples(root / "text", [_text(i) for i in range(COUNT)])
-    write_samples(root / "speech_text", [_spoken(rng, *pair) for pair in pairs(True)])
+    write_samples(
+        root / "speech_text",
+        [_phrase(rng, *pair) for pair in pairs(True)] + [_spoken(rng, *pair) for pair in pairs(True)],
+    )
     write_samples(root / "dialogue", [_dialogue(rng, i) for i in range(COUNT)])
     if not (root / "manifest.json").is_file():
         (root / "manifest.json").write_text("{}")
@@ -115,6 +118,13 @@ def _text(i: int) -> Made:
     colour, digit = _pair(i)
     asked = turn("user", words(f"a {colour} {DIGITS[digit]}\nwhich colour is it"))
     return "text_question", [asked, turn("assistant", words(colour))], {}, {"task": "text", "answer": colour}
+
+
+def _phrase(rng: np.random.Generator, colour: str, digit: int) -> Made:
+    answer = phrase(colour, digit)
+    asked = turn("user", {"type": "speech", "media": "heard.flac"}, words("what do you hear"))
+    facts = {"task": "codec_phrase", "answer": answer}
+    return "speech_hear", [asked, turn("assistant", words(answer))], {"heard.flac": flac(rng)}, facts
 
 
 def _spoken(rng: np.random.Generator, colour: str, digit: int) -> Made:

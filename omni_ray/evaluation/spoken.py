@@ -15,7 +15,7 @@ from omni_ray.data.audio import decode_audio
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS
 from omni_ray.evaluation.judges import Grammar, GrammarJudge, Judge, OpenJudge, WordScore, judge_clips
 from omni_ray.evaluation.metrics import HeldOutFigure, same_words, share, slots_right
-from omni_ray.evaluation.tasks import SPOKEN_TASK, Answerer, HeldOut, Said, question_of
+from omni_ray.evaluation.tasks import CODEC_TASK, SPOKEN_TASK, Answerer, HeldOut, Said, question_of
 from omni_ray.types.errors import DataError
 from omni_ray.types.sample import Sample
 
@@ -106,9 +106,9 @@ def spoken_figures(
     def listen(clips: Sequence[Clip], said: Sequence[Sequence[str]]) -> Future[WordScore] | None:
         return None if other is None else thread.submit(judge_clips, other, clips, said)
 
-    phrases = _one_each(samples)
+    phrases = held_out.first(CODEC_TASK)
     said = _words(phrases)
-    original = [(decode_audio(s.media["answer.flac"], s.key), 16000) for s in phrases]
+    original = [(decode_audio(next(iter(s.media.values())), s.key), 16000) for s in phrases]
     rebuilt = [(codec.decode(codec.encode(wave, rate)).numpy(), codec_rate_hz) for wave, rate in original]
     open_codec = listen(original, said), listen(rebuilt, said)
     answers = answerer.answer([question_of(s) for s in samples], aloud=True, max_tokens=SPEECH_TOKENS)
@@ -124,11 +124,6 @@ def spoken_figures(
 
 def _words(samples: Sequence[Sample]) -> list[list[str]]:
     return [str(sample.facts["answer"]).split() for sample in samples]
-
-
-def _one_each(samples: Sequence[Sample]) -> list[Sample]:
-    """The first sample of each phrase."""
-    return list({sample.facts["answer"]: sample for sample in reversed(samples)}.values())[::-1]
 
 
 def _codec_figures(

@@ -100,6 +100,8 @@ TEXT_TASKS: tuple[TextTask, ...] = (
 )
 DIALOGUE_TASK = TextTask(figure="dialogue_memory_accuracy", asks="dialogue_memory", most=150)
 SPOKEN_TASK = "spoken_answer"
+CODEC_TASK = "codec_phrase"
+"""Whole phrases of unseen combinations in the assistant's voice, for the codec alone."""
 """Task of the samples that ask for speech."""
 
 

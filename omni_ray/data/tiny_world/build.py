@@ -63,7 +63,7 @@ class Recipe:
 
 SOURCES: Mapping[str, Recipe] = {
     "text": Recipe(make=makers_text.text_samples, train=5400, held_out=300),
-    "speech_text": Recipe(make=makers_heard.speech_text_samples, train=800, held_out=120),
+    "speech_text": Recipe(make=makers_heard.speech_text_samples, train=800, held_out=132),
     "picture": Recipe(make=makers_seen.picture_samples, train=4300, held_out=1200),
     "scene": Recipe(make=makers_seen.scene_samples, train=400, held_out=120),
     "picture_speech": Recipe(make=makers_heard.picture_speech_samples, train=360, held_out=100),

@@ -33,7 +33,7 @@ _ABOUT_STILL = ("digit", "colour", "both")
 def speech_text_samples(world: World, rng: np.random.Generator, count: int) -> Iterator[Draft]:
     """Codec speech beside text: say a phrase, tell a fact aloud, write what codec speech says.
 
-    The held-out split asks for unseen combinations only, each prompt once.
+    The held-out split asks for unseen combinations only, each prompt once, and has their phrases for the codec.
     """
     if world.held_out:
         yield from _spoken_unseen(world, count)
@@ -66,6 +66,8 @@ def _to_say(rng: np.random.Generator, colour: str, digit: int) -> str:
 
 
 def _spoken_unseen(world: World, count: int) -> Iterator[Draft]:
+    for pair in world.pairs[:count]:
+        yield _hear(world, ASSISTANT_VOICE, phrase(*pair), "codec_phrase")
     prompts = []
     for colour, digit in world.pairs:
         words = phrase(colour, digit)
@@ -75,7 +77,7 @@ def _spoken_unseen(world: World, count: int) -> Iterator[Draft]:
         prompts[-1] += [(words, "speech_tell", asked) for asked in asks]
     # Round by round over the pairs, so that any count is spread over all of them.
     rounds = [row[i] for i in range(max(map(len, prompts))) for row in prompts if i < len(row)]
-    for words, kind, asked in rounds[:count]:
+    for words, kind, asked in rounds[: max(0, count - len(world.pairs))]:
         yield spoken(world, kind, (text(asked),), words, {"task": "spoken_answer"})
 
 
@@ -84,11 +86,15 @@ def _codec_heard(world: World, rng: np.random.Generator) -> Draft:
     speaker = ASSISTANT_VOICE if rng.random() < 0.4 else _speaker(world, rng)
     phrases = tuple(phrase(*pair) for pair in world.pairs) if speaker == ASSISTANT_VOICE else own_phrases(speaker)
     words = pick(rng, phrases) if rng.random() < 0.5 else pick(rng, all_words())
+    return _hear(world, speaker, words, "speech_hear")
+
+
+def _hear(world: World, speaker: Voice, words: str, task: str) -> Draft:
     return Draft(
         kind="speech_hear",
         messages=(user(part("speech", "heard.flac"), text(corpus.HEAR)), assistant(words)),
         media={"heard.flac": world.clips.flac(speaker, words)},
-        facts={"task": "speech_hear", "answer": words, "voice": speaker.name},
+        facts={"task": task, "answer": words, "voice": speaker.name},
     )
 
 
@@ -189,15 +195,12 @@ def spoken(
     facts: dict[str, Any] | None = None,
     media: dict[str, bytes] | None = None,
 ) -> Draft:
-    """A question with an answer in the assistant's voice, word by word; held out, its phrase as ``answer.flac`` too."""
+    """A question with an answer in the assistant's voice, word by word."""
     reply, said = voice(words, "answer")
-    media = {**(media or {}), **_in_own_voice(world, said)}
-    if world.held_out:
-        media["answer.flac"] = world.clips.flac(ASSISTANT_VOICE, words)
     return Draft(
         kind=kind,
         messages=(user(*asked), reply),
-        media=media,
+        media={**(media or {}), **_in_own_voice(world, said)},
         facts={"task": kind, "answer": words, "aloud": True, **(facts or {})},
     )
 

@@ -68,6 +68,10 @@ def held_out(waves: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFact
         asked = {"role": "user", "content": [{"type": "text", "text": f"say {text}"}]}
         facts = {"task": "spoken_answer", "answer": text}
         samples.append(("speech_say", [asked, said], {"answer.flac": encode_flac(waves[text], 24000)}, facts))
+    for text in PHRASES:
+        asked = {"role": "user", "content": [{"type": "speech", "media": "heard.flac"}]}
+        facts = {"task": "codec_phrase", "answer": text}
+        samples.append(("speech_hear", [asked], {"heard.flac": encode_flac(waves[text], 24000)}, facts))
     write_samples(folder / "speech_text", samples)
     return HeldOut(folder)
 
