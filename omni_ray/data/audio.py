@@ -25,16 +25,18 @@ _STREAMED_BYTES = 0x7FFF_0000
 _FRAME_S, FRAME_SHIFT_S = 0.025, 0.010
 
 
-def decode_audio(raw: bytes, name: str, sample_rate_hz: int = 16000) -> Wave:
+def decode_audio(raw: bytes, name: str, sample_rate_hz: int = 16000, *, longest_s: float = MAX_SOUND_S) -> Wave:
     """Decode wav, flac, ogg, mp3, or the sound track of a video, to mono at the wanted rate.
 
+    Args:
+        raw: The file.  name: What errors call it.  sample_rate_hz: Wanted rate.  longest_s: Longer sounds are refused.
     Returns:
         [S] float32, S = ceil(frames * wanted rate / own rate).
     Raises:
         MediaError: no sound can be read, or it is empty, too long, or has values that are not finite; names the item.
     """
-    wave, rate = _decode(raw, name)
-    _check_length(len(wave), rate, name)
+    wave, rate = _decode(raw, name, longest_s)
+    _check_length(len(wave), rate, name, longest_s)
     if not np.isfinite(wave).all():
         raise MediaError(f"{name} has samples that are not finite; export it again")
     return wave if rate == sample_rate_hz else resample(wave, rate, sample_rate_hz, name)
@@ -111,20 +113,20 @@ def encode_flac(wave: Wave, sample_rate_hz: int) -> bytes:
     return out.getvalue()
 
 
-def _decode(raw: bytes, name: str) -> tuple[Wave, int]:
+def _decode(raw: bytes, name: str, longest_s: float) -> tuple[Wave, int]:
     import soundfile
 
     _check_whole_wav(raw, name)
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as sound:
-            _check_length(sound.frames, sound.samplerate, name)
+            _check_length(sound.frames, sound.samplerate, name, longest_s)
             promised = sound.frames
             samples = sound.read(dtype="float32", always_2d=True)
             if len(samples) != promised:
                 raise MediaError(f"{name} is cut short: {len(samples)} of {promised} samples; export it again")
             return samples.mean(axis=1, dtype=np.float32), int(sound.samplerate)
     except (soundfile.LibsndfileError, RuntimeError):
-        return _decode_container(raw, name)
+        return _decode_container(raw, name, longest_s)
 
 
 def _check_whole_wav(raw: bytes, name: str) -> None:
@@ -142,7 +144,7 @@ def _check_whole_wav(raw: bytes, name: str) -> None:
         at += 8 + size + size % 2
 
 
-def _decode_container(raw: bytes, name: str) -> tuple[Wave, int]:
+def _decode_container(raw: bytes, name: str, longest_s: float) -> tuple[Wave, int]:
     """The first sound track of any container that FFmpeg reads."""
     import av
 
@@ -160,7 +162,7 @@ def _decode_container(raw: bytes, name: str) -> tuple[Wave, int]:
                 for piece in mono.resample(frame):
                     pieces.append(piece.to_ndarray().reshape(-1))
                     total += pieces[-1].size
-                _check_length(total, rate, name, short_is_fine=True)
+                _check_length(total, rate, name, longest_s, short_is_fine=True)
             pieces += [piece.to_ndarray().reshape(-1) for piece in mono.resample(None)]
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise MediaError(f"{name} cannot be decoded as sound ({error}); send wav, flac, ogg or mp3") from error
@@ -169,13 +171,15 @@ def _decode_container(raw: bytes, name: str) -> tuple[Wave, int]:
     return np.concatenate(pieces).astype(np.float32, copy=False), rate
 
 
-def _check_length(frames: int, rate: int, name: str, *, short_is_fine: bool = False) -> None:
+def _check_length(
+    frames: int, rate: int, name: str, longest_s: float = MAX_SOUND_S, *, short_is_fine: bool = False
+) -> None:
     if not _MIN_RATE <= rate <= _MAX_RATE:
         raise MediaError(f"{name} has {rate} samples a second; rates from {_MIN_RATE} to {_MAX_RATE} can be read")
     if frames <= 0 and not short_is_fine:
         raise MediaError(f"{name} holds no samples; record it again")
-    if frames > MAX_SOUND_S * rate:
-        raise MediaError(f"{name} lasts {frames / rate:.1f} s, more than {MAX_SOUND_S:g} s; cut it into pieces")
+    if frames > longest_s * rate:
+        raise MediaError(f"{name} lasts {frames / rate:.1f} s, more than {longest_s:g} s; cut it into pieces")
 
 
 @functools.lru_cache(maxsize=16)

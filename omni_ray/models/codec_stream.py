@@ -249,7 +249,8 @@ class CodecStream:
     @torch.inference_mode()
     def flush(self) -> Tensor:
         """Sound of the frames still waiting, as if silence followed; afterwards the stream begins anew."""
-        sound = self._sounds([None] * self.pending_frames)
+        # A stream of one or two frames waits for the whole look-ahead as well.
+        sound = self._sounds([None] * (LOOKAHEAD_FRAMES if self._taken else 0))
         self._state, self._taken, self._codebooks = self._frames.initial_state(), 0, None
         return sound
 

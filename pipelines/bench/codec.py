@@ -17,7 +17,7 @@ from omni_ray.models.codec import Codec
 from omni_ray.types.errors import DataError
 from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured, negative_control, not_run
 from pipelines.codec_files import load_codec
-from pipelines.peak_memory import resident_bytes
+from pipelines.peak_memory import tree_bytes
 
 ENCODE_S, DECODE_S = 10.0, 10.0
 """Length of the recording of a timing."""
@@ -35,9 +35,9 @@ def run(*, quick: bool, seed: int) -> BenchReport:
     torch.set_num_threads(1)
     codec, fingerprint = load_codec(None)
     figures = [*speed_figures(codec, QUICK_REPEATS if quick else REPEATS, seed), *word_figures(codec)]
-    figures += [not_run("tts_over_codec_ceiling", "needs a trained checkpoint: omni-ray evaluate CHECKPOINT measures "
-                        "spoken_answer_word_accuracy", unit="ratio", better="higher", goal=0.8),
-                *memory_figures(codec, seed)]
+    why = "needs a trained checkpoint; omni-ray evaluate CHECKPOINT measures spoken_answer_word_accuracy"
+    figures.append(not_run("tts_over_codec_ceiling", why, unit="ratio", better="higher", goal=0.8))
+    figures += memory_figures(codec, seed)
     facts = environment(seed=seed, quick=quick, codec=fingerprint, parameters=_count(codec), threads=1)
     return BenchReport(bench="codec", figures=tuple(figures), environment=facts)
 
@@ -73,7 +73,9 @@ def speed_figures(codec: Codec, repeats: int, seed: int) -> list[Figure]:
     return [
         measured("encode_rtf", runs["encode"], unit="ratio", better="lower", goal=0.05, against=told),
         measured("decode_rtf", runs["decode"], unit="ratio", better="lower", goal=0.03, against=f"streaming; {told}"),
-        measured("first_audio_compute_ms", runs["first"], unit="ms", better="lower", goal=20, against="4 frames pushed"),
+        measured(
+            "first_audio_compute_ms", runs["first"], unit="ms", better="lower", goal=20, against="4 frames pushed"
+        ),
         measured("encode_speedup", parts["encode"], unit="ratio", better="higher", against=faster),
         measured("decode_speedup", parts["decode"], unit="ratio", better="higher", against=faster),
     ]
@@ -90,7 +92,7 @@ class EncodecRival:
         try:
             from transformers import EncodecConfig, EncodecModel
         except ImportError as error:
-            raise DataError("transformers is not installed, yet EnCodec comes from it; pip install transformers") from error
+            raise DataError("transformers is not installed; EnCodec, the rival, comes from it") from error
         torch.manual_seed(seed)
         sizes = [self._sized(EncodecConfig, EncodecModel, filters) for filters in range(4, 33, 2)]
         self.model = min(sizes, key=lambda model: abs(_count(model) - parameters)).eval()
@@ -117,7 +119,7 @@ class EncodecRival:
 
 def word_figures(codec: Codec) -> list[Figure]:
     """Words understood, reconstruction over original, of held-out phrases, for 2, 3 and 4 codebooks."""
-    from pipelines.components.codec_figures import codec_figures
+    from pipelines.components.codec_figures import RATIO_SETS, codec_figures
     from pipelines.components.codec_material import held_out_clips
 
     name, goal = "codec_word_accuracy_ratio", 0.9
@@ -134,7 +136,7 @@ def word_figures(codec: Codec) -> list[Figure]:
         better="higher",
         goal=goal,
         against=told,
-        n=sum(figures[part]["pocketsphinx grammar"]["original"]["words"] for part in ("assistant_pairs", "assistant_triples")),
+        n=sum(figures[part]["pocketsphinx grammar"]["original"]["words"] for part in RATIO_SETS),
         runs=(ratios[str(max(LEVELS))],),
         extra={"chance": figures["assistant_triples"]["chance"], "by_codebooks": ratios},
     )
@@ -161,8 +163,8 @@ def stream_growth(codec: Codec, seconds: float, seed: int, *, leak: bool) -> flo
         if leak:
             kept.append(sound_S.repeat(8))
         if second == round(WARM_S):
-            before = resident_bytes()
-    return resident_bytes() / before
+            before = tree_bytes()
+    return tree_bytes() / before
 
 
 def stream_all(codec: Codec, codes_NK: Tensor) -> int:

@@ -25,6 +25,8 @@ GRAMMARS = {
     "human_digits": DIGIT,
 }
 """What the grammar judge may answer for each set of clips."""
+RATIO_SETS = ("assistant_pairs", "assistant_triples")
+"""Sets of ``codec_word_accuracy_ratio``."""
 
 
 def codec_figures(
@@ -32,7 +34,8 @@ def codec_figures(
 ) -> dict[str, Any]:
     """Word accuracy of originals and reconstructions by set, judge and number of codebooks, and the mel distance.
 
-    ``codec_word_accuracy_ratio``: grammar judge over the assistant's unseen pairs and triples, rebuilt / original.
+    ``codec_word_accuracy_ratio``, and the same ``_by_codebooks``: grammar judge over the assistant's unseen pairs and
+    triples, rebuilt / original.
     """
     figures: dict[str, Any] = {}
     for name, clips in held_out.items():
@@ -44,12 +47,17 @@ def codec_figures(
             judges.append(OpenJudge())
         entry: dict[str, Any] = {"clips": len(clips), "chance": round(GRAMMARS[name].chance(), 3)}
         entry["spectral_loss"] = round(spectral_distance(clips, made[max(codebooks)]), 4)
+        entry["spectral_loss_by_codebooks"] = {
+            str(count): round(spectral_distance(clips, made[count]), 4) for count in codebooks
+        }
         for judge in judges:
             entry[judge.name] = {"original": _told(_heard(judge, clips, [clip.output_S for clip in clips]))}
             for count in codebooks:
                 entry[judge.name][f"codebooks_{count}"] = _told(_heard(judge, clips, made[count]))
         figures[name] = entry
-    figures["codec_word_accuracy_ratio"] = word_ratio(figures, ("assistant_pairs", "assistant_triples"), max(codebooks))
+    ratios = {str(count): word_ratio(figures, RATIO_SETS, count) for count in codebooks}
+    figures["codec_word_accuracy_ratio"] = ratios[str(max(codebooks))]
+    figures["codec_word_accuracy_ratio_by_codebooks"] = ratios
     return figures
 
 
