@@ -107,7 +107,7 @@ class Voice:
     async def _hear(self, due_sample: int) -> None:
         first, audio_ms, stopped_ms = 0.0, 0.0, 0.0
         while True:
-            at, event = await asyncio.wait_for(self.events.get(), LONGEST_WAIT_S)
+            at, event = await asyncio.wait_for(self.events.get(), LONGEST_WAIT_S + self.plan["speech_s"])
             kind = event["type"]
             if kind == "error":
                 self.seen.errors.append(event["error"]["message"][:200])
