@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -241,8 +242,21 @@ class _Track:
         return bool(self.keys) and self.keys[0] == self.stamps[0] and len(set(self.stamps)) == len(self.stamps)
 
 
+_last_track: threading.local = threading.local()
+
+
 def _read_track(raw: bytes, name: str) -> _Track:
-    """Time stamps and size of the first video track; packets are read, not decoded."""
+    """Time stamps and size of the first video track; packets are read, not decoded.
+
+    The last film's are kept, since its rows are counted right before its frames are decoded.
+    """
+    kept: tuple[bytes, _Track] | None = getattr(_last_track, "film", None)
+    if kept is None or kept[0] is not raw:
+        kept = _last_track.film = raw, _scan_track(raw, name)
+    return kept[1]
+
+
+def _scan_track(raw: bytes, name: str) -> _Track:
     import av
 
     stamps, keys = [], []

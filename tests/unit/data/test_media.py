@@ -216,3 +216,30 @@ def test_media_cut_short_is_refused_by_name() -> None:
     clip = _clip(8)
     with pytest.raises(MediaError, match=r"^cut.mp4 "):
         video.video_patches(clip[: len(clip) // 2], "cut.mp4", VISION)
+
+
+def test_a_jpeg_has_the_pixels_that_pil_gives() -> None:
+    rng = np.random.default_rng(3)
+    small = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    smooth = small.resize((300, 200))
+    saves: list[dict[str, object]] = [{"quality": 60}, {"quality": 95, "subsampling": 0}, {"progressive": True}]
+    for save in saves:
+        out = io.BytesIO()
+        smooth.save(out, format="JPEG", **save)
+        with Image.open(io.BytesIO(out.getvalue())) as wanted:
+            assert np.array_equal(image.decode_image(out.getvalue(), "a"), np.asarray(wanted.convert("RGB")))
+    grey, cmyk = io.BytesIO(), io.BytesIO()
+    smooth.convert("L").save(grey, format="JPEG")
+    smooth.convert("CMYK").save(cmyk, format="JPEG")
+    assert all(image.decode_image(raw.getvalue(), "a").shape == (200, 300, 3) for raw in (grey, cmyk))
+
+
+@pytest.mark.parametrize("size", [(512, 512), (301, 217), (1080, 1920)])
+def test_resizing_is_pils_but_for_rounding(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(4).integers(0, 256, (*size, 3), dtype=np.uint8)
+    wanted = np.asarray(Image.fromarray(pixels).resize((112, 224), Image.Resampling.BICUBIC)).astype(int)
+    planar = np.ascontiguousarray(pixels.transpose(2, 0, 1)).transpose(1, 2, 0)
+    for given in (pixels, planar):
+        sized = image.resize(given, (224, 112))
+        assert (sized.shape, sized.dtype) == ((224, 112, 3), np.uint8)
+        assert np.abs(sized.astype(int) - wanted).max() <= 1
