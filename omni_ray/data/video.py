@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from omni_ray.config.model import VisionConfig
 from omni_ray.data.image import MAX_PIXELS, Patches, fit_size, patchify, resize
+from omni_ray.data.last_read import LastRead
 from omni_ray.types.errors import MediaError
 
 DEFAULT_FPS, MOST_FPS, LEAST_FRAMES = 2.0, 4.0, 16
@@ -143,17 +143,19 @@ def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:
 
 def decode_frames(raw: bytes, name: str) -> Iterator[NDArray[np.uint8]]:
     """Every frame of the first video track, [H, W, 3] uint8, in the order they are shown."""
+    rgb = _rgb_converter()
     for frame in _decoded(raw, name, None):
-        yield frame.to_ndarray(format="rgb24")
+        yield rgb(frame)
 
 
 def _wanted_frames(raw: bytes, name: str, track: _Track, wanted: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
     """The frames of these ascending numbers; stops at the first that does not come."""
+    rgb = _rgb_converter()
     if len(track.times_s) <= _SEEK_FRAMES or not track.seekable:
         numbers = set(wanted)
         for number, frame in enumerate(_decoded(raw, name, None)):
             if number in numbers:
-                yield frame.to_ndarray(format="rgb24")
+                yield rgb(frame)
             if number >= wanted[-1]:
                 return
         return
@@ -164,13 +166,21 @@ def _wanted_frames(raw: bytes, name: str, track: _Track, wanted: tuple[int, ...]
             if frame.pts is not None and frame.pts >= stamps[0]:
                 if frame.pts != stamps[0]:
                     return
-                yield frame.to_ndarray(format="rgb24")
+                yield rgb(frame)
                 stamps.pop(0)
                 # Further on than the next key frame, seeking is cheaper than decoding.
                 if not stamps or bisect_right(track.keys, stamps[0]) > bisect_right(track.keys, frame.pts) + 1:
                     break
         else:
             return
+
+
+def _rgb_converter() -> Callable[[Any], NDArray[np.uint8]]:
+    """[H, W, 3] of a frame; one converter a film and one thread, where the library would make both anew each frame."""
+    from av.video.reformatter import VideoReformatter
+
+    converter = VideoReformatter()
+    return lambda frame: converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
 def _decoded(raw: bytes, name: str, start: int | None) -> Iterator[Any]:
@@ -242,18 +252,12 @@ class _Track:
         return bool(self.keys) and self.keys[0] == self.stamps[0] and len(set(self.stamps)) == len(self.stamps)
 
 
-_last_track: threading.local = threading.local()
+_last = LastRead[_Track]()
 
 
 def _read_track(raw: bytes, name: str) -> _Track:
-    """Time stamps and size of the first video track; packets are read, not decoded.
-
-    The last film's are kept, since its rows are counted right before its frames are decoded.
-    """
-    kept: tuple[bytes, _Track] | None = getattr(_last_track, "film", None)
-    if kept is None or kept[0] is not raw:
-        kept = _last_track.film = raw, _scan_track(raw, name)
-    return kept[1]
+    """Time stamps and size of the first video track; packets are read, not decoded."""
+    return _last.get(raw, lambda: _scan_track(raw, name))
 
 
 def _scan_track(raw: bytes, name: str) -> _Track:

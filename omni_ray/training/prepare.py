@@ -5,7 +5,7 @@ The feeder maps this function through Ray Data; tests, the reference and `data p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from omni_ray.data.order import Piece, SampleRef, StepDraw
 from omni_ray.data.order_state import OrderState
 from omni_ray.data.packing import sample_rows, slice_sample
 from omni_ray.data.planner import OrderPlanner, StageOrder
-from omni_ray.data.sources import FileSource, ReadLimits, is_there, open_configured
+from omni_ray.data.sources import FileSource, ReadLimits, is_there, open_configured, read_together
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.batch import OmniBatch, StepPlan
 from omni_ray.types.errors import DataError
@@ -83,6 +83,7 @@ class StepBuilder:
         self._measured = lru_cache(maxsize=MEASURED_SAMPLES)(self._measure)
         self._read = DecodedCache(READ_BYTES)
         self._kept = DecodedCache(recipe.data.cache_bytes)
+        self._fetched: dict[tuple[str, int], Sample | DataError] = {}
 
     def build(self, step: int) -> PreparedStep:
         """Everything step ``step`` needs: :meth:`draw`, then :meth:`assemble`.
@@ -149,6 +150,7 @@ class StepBuilder:
         chosen: list[_Chosen] = []
         kept: dict[int, int] = {}
         bad = list(draw.bad)
+        self._fetch([self._fixed(piece.ref) for piece in draw.pieces])
         for place, piece in enumerate(draw.pieces):
             good, broken = self._good(piece.ref) if plain else self._alone(piece)
             bad += broken
@@ -196,10 +198,22 @@ class StepBuilder:
         """The reference by which a sample is kept: the pass matters only where something is left to chance."""
         return ref if self.recipe.data.sources[ref.source].form in CHANCE_FORMS else replace(ref, turn=0)
 
+    def _fetch(self, refs: Sequence[SampleRef]) -> None:
+        """Read at once what the step needs and is not kept."""
+        missing = [(ref.source, ref.index) for ref in refs if ref not in self._kept and ref not in self._read]
+        found = read_together([(self.sources[source], index) for source, index in dict.fromkeys(missing)])
+        self._fetched = dict(zip(dict.fromkeys(missing), found, strict=True))
+
+    def _sample(self, ref: SampleRef) -> Sample:
+        found = self._fetched.get((ref.source, ref.index))
+        if isinstance(found, DataError):
+            raise found
+        return self.sources[ref.source][ref.index] if found is None else found
+
     def _encode(self, ref: SampleRef) -> tuple[Sample, EncodedSample]:
         config = self.recipe.data.sources[ref.source]
         chance = chance_of(self.recipe.seed, ref.source, ref.index, ref.turn)
-        sample = shaped(self.sources[ref.source][ref.index], config.form, chance, config.prompts)
+        sample = shaped(self._sample(ref), config.form, chance, config.prompts)
         return sample, encode_sample(sample, self.tokenizer, self.recipe.networks, chance)
 
     def _measure(self, ref: SampleRef) -> SampleRows:

@@ -4,7 +4,7 @@ WebDataset tars, Parquet, JSON lines with media beside them, LLaVA's JSON lists,
 disks and in object stores.
 """
 
-from omni_ray.data.sources.base import FileSource
+from omni_ray.data.sources.base import FileSource, read_together
 from omni_ray.data.sources.opening import WebDatasetSource, is_there, open_configured, open_path
 from omni_ray.data.sources.storage import ReadLimits, Storage
 from omni_ray.data.sources.tar import sample_from_members
@@ -17,5 +17,6 @@ __all__ = [
     "is_there",
     "open_configured",
     "open_path",
+    "read_together",
     "sample_from_members",
 ]

@@ -160,11 +160,13 @@ _readers = threading.local()
 
 
 def with_deadline(ask: Callable[[], Result], timeout_s: float) -> Result:
-    """Call ``ask`` in a thread of its own kept for this one.
+    """Call ``ask`` in a thread of its own kept for this one; within such a call, directly: the outer deadline counts.
 
     Raises:
         TimeoutError: no answer in time; the stalled thread is left behind and ends with the process.
     """
+    if isinstance(threading.current_thread(), _Reader):
+        return ask()
     reader: _Reader | None = getattr(_readers, "reader", None)
     if reader is None or not reader.is_alive():
         reader = _readers.reader = _Reader()
