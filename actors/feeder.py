@@ -7,6 +7,7 @@ straight to the pool that encodes it; the driver holds handles only.
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections import OrderedDict
@@ -49,7 +50,7 @@ class PrepareSteps:
         prepared = self.builder.assemble(draw)
         batches = [pack(batch) for batch in prepared.batches]
         packed = (prepared.plan, batches, prepared.media, prepared.targets, prepared.bad, prepared.after)
-        return {"step": row["step"], "prepared": pickle.dumps(packed, protocol=5)}
+        return {"step": row["step"], "worker": os.getpid(), "prepared": pickle.dumps(packed, protocol=5)}
 
 
 class Feeder:
@@ -69,6 +70,7 @@ class Feeder:
         self.root = root
         self._next = first_step
         self._ready: dict[int, PreparedStep] = {}
+        self._workers: dict[int, int] = {}
         self._rows: Iterator[dict[str, Any]] | None = None
 
     def plan(self, step: int) -> tuple[StepPlan, tuple[str, ...]]:
@@ -82,12 +84,23 @@ class Feeder:
             if after is not None:
                 self._keep_position(after)
             self._ready[int(row["step"])] = prepared
+            self._workers[int(row["step"])] = int(row["worker"])
         prepared = self._ready[step]
         return prepared.plan, prepared.bad
 
     def position(self, step: int) -> OrderState:
         """Where the order stands before ``step``, one of the last that were planned: for a checkpoint."""
         return self._positions[step]
+
+    def prepared_by(self, step: int) -> int:
+        """Process that decoded a step given out: a worker of Ray Data's."""
+        return self._workers.pop(step)
+
+    def stop(self) -> None:
+        """End the stream and its workers; a later :meth:`plan` starts another."""
+        self._rows = None
+        self._ready.clear()
+        self._workers.clear()
 
     def weigh(self, step: int, factors: Mapping[str, float]) -> None:
         """Go on from ``step`` with other weights; what was prepared from there on is forgotten."""

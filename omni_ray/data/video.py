@@ -179,8 +179,8 @@ def _rgb_converter() -> Callable[[Any], NDArray[np.uint8]]:
     """[H, W, 3] of a frame; one converter a film and one thread, where the library would make both anew each frame."""
     from av.video.reformatter import VideoReformatter
 
-    converter = VideoReformatter()
-    return lambda frame: converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    converter: Any = VideoReformatter()
+    return lambda frame: np.asarray(converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), dtype=np.uint8)
 
 
 def _decoded(raw: bytes, name: str, start: int | None) -> Iterator[Any]:

@@ -44,7 +44,7 @@ class PlainDecode:
         import av
         from torchvision.transforms.v2 import functional
 
-        with av.open(io.BytesIO(raw)) as container:
+        with av.open(io.BytesIO(raw), "r") as container:
             stream = container.streams.video[0]
             count = stream.frames
             wanted = {int((i + 0.5) * count / self.clip_frames) for i in range(self.clip_frames)}
