@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from omni_ray.observability.progress import Progress
-from omni_ray.types.errors import DataError
+from omni_ray.types.errors import ConfigError, DataError
 from pipelines.cli_outcome import Outcome, real_data_folder, writable_target
 
 
 def build(args: Namespace) -> Outcome:
-    """Build the tiny world; where it already lies whole, nothing is done."""
+    """Build the tiny world (where it already lies whole, nothing is done), or shards of samples of any form."""
+    if args.name == "shards":
+        return _build_shards(args)
     real_data = real_data_folder()
     from omni_ray.data.tiny_world.build import SOURCES, build_tiny_world
     from pipelines.training.data_root import cache_folder
@@ -34,6 +36,32 @@ def build(args: Namespace) -> Outcome:
     return Outcome(text=text, document={"path": str(out), **document})
 
 
+def _build_shards(args: Namespace) -> Outcome:
+    if args.source is None or args.out is None:
+        raise ConfigError("data build shards needs --from PATH (what to read) and --out FOLDER (where to write)")
+    from omni_ray.data.inspect import open_places
+
+    document: dict[str, Any] = {"path": str(args.out.resolve()), "sources": {}}
+    lines = []
+    sources = open_places(args.source, args.split)
+    for source in sources:
+        folder = args.out / source.name if len(sources) > 1 else args.out
+        written = _written(source, folder, args.split)
+        document["sources"][source.name] = dataclasses.asdict(written)
+        lines.append(
+            f"{folder}: {written.samples} samples in {len(written.shards)} shards, {len(written.bad)} left out"
+        )
+        lines += [f"  bad: {sentence}" for sentence in written.bad[:20]]
+    return Outcome(text="\n".join(lines), document=document)
+
+
+def _written(source: Any, folder: Path, split: str) -> Any:
+    from omni_ray.data.shard_writer import write_source
+
+    with Progress(source.name, len(source), unit="sample") as line:
+        return write_source(source, folder, split=split, progress=lambda done: line.advance())
+
+
 def _counts(sources: dict[str, Any]) -> str:
     rows = [f"{'source':20}{'train':>8}{'held out':>10}"]
     for name, splits in sources.items():
@@ -45,9 +73,11 @@ def _counts(sources: dict[str, Any]) -> str:
 def inspect(args: Namespace) -> Outcome:
     """Samples, rows by modality and seconds; of a built data set also damage and licences."""
     folder: Path = args.path
-    if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder; name a built data set or a folder of WebDataset tars")
+    if not folder.exists():
+        raise DataError(f"{str(folder)!r} is no folder; name a built data set or a folder of shards")
+    page = writable_target(args.html, "--html")
     from omni_ray.config.load import load_recipe
+    from omni_ray.data.inspect import histogram_lines
     from omni_ray.data.inspect import inspect as count
 
     networks = load_recipe(args.recipe).networks
@@ -58,7 +88,19 @@ def inspect(args: Namespace) -> Outcome:
         rows = "".join(f"{facts['rows'][kind]:>9}" for kind in ("text", "vision", "audio", "speech"))
         lines.append(f"{name:20}{facts['samples']:>8}{facts['looked_at']:>8}{len(facts['bad']):>5}{rows}")
         lines.extend(f"  bad: {sentence}" for sentence in facts["bad"])
+        for kind, bins in facts["lengths"].items():
+            lines += [f"  rows of {kind} a sample, from", *histogram_lines(bins, "rows")]
+        if facts["durations"]:
+            lines += ["  sounds, from", *histogram_lines(facts["durations"], "s")]
+        if facts["resolutions"]:
+            shown = ", ".join(f"{size} ({number})" for size, number in list(facts["resolutions"].items())[:8])
+            lines.append(f"  pictures and films, height x width: {shown}")
     lines += _manifest_facts(folder, document)
+    if page is not None:
+        from pipelines.data_page import write_inspection
+
+        write_inspection(folder, page, document, args.split)
+        lines.append(f"page: {page}")
     bad = bool(document.get("damaged")) or any(facts["bad"] for facts in sources.values())
     return Outcome(text="\n".join(lines), document=document, ok=not bad)
 
@@ -101,15 +143,23 @@ def _is_as_recorded(path: Path, sha256: str) -> bool:
 
 
 def preview(args: Namespace) -> Outcome:
-    """The next samples of a recipe or run; or, of a data set, a page with samples of every source to look at."""
+    """The next samples of a recipe or run, on a page, too; or a page with samples of every source of a data set."""
     from pipelines.data_steps import is_recipe_or_run, next_samples, sample_line
 
-    if is_recipe_or_run(args.path):
-        records = list(next_samples(args.path, args.count, args.step, args.set))
-        return Outcome(text="\n".join(map(sample_line, records)), document={"samples": records})
-    target = writable_target(args.out, "--out")
-    assert target is not None
-    from pipelines.data_preview import write_preview
+    if not is_recipe_or_run(args.path):
+        target = writable_target(args.out or Path("preview.html"), "--out")
+        assert target is not None
+        from pipelines.data_preview import write_preview
 
-    shown = write_preview(args.path, target, count=args.count, split=args.split)
-    return Outcome(text=f"{target}: {shown} samples", document={"page": str(target), "samples": shown})
+        shown = write_preview(args.path, target, count=args.count, split=args.split)
+        return Outcome(text=f"{target}: {shown} samples", document={"page": str(target), "samples": shown})
+    page = writable_target(args.out, "--out")
+    records = list(next_samples(args.path, args.count, args.step, args.set))
+    document: dict[str, Any] = {"samples": records}
+    if page is not None and not args.path.is_dir():
+        from omni_ray.config.load import load_recipe
+        from pipelines.recipe_preview import write_recipe_preview
+
+        recipe = load_recipe(str(args.path), args.set)
+        document |= {"page": str(page), "shown": write_recipe_preview(recipe, page, step=args.step or 0, count=args.count)}
+    return Outcome(text="\n".join(map(sample_line, records)), document=document)

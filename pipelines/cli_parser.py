@@ -186,7 +186,11 @@ def _add_data(commands: _Commands) -> None:
         f"{PROG} data build tiny-world --out data/tiny-world",
         json=True,
     )
-    build.add_argument("name", metavar="NAME", choices=["tiny-world"], help="tiny-world")
+    build.add_argument("name", metavar="NAME", choices=["tiny-world", "shards"], help="tiny-world, or shards")
+    build.add_argument(
+        "--from", dest="source", metavar="PATH", type=Path, help="shards: what to read, in any known form"
+    )
+    build.add_argument("--split", default="train", help="shards: part to read, and the name of what is written")
     build.add_argument("--out", type=Path, help="folder (default: the cache that training uses)")
     build.add_argument("--seed", type=int, default=0, help="other samples of the same world")
     build.add_argument("--hold-out", default="yweweler", help="human speaker that training must not hear")
@@ -194,11 +198,12 @@ def _add_data(commands: _Commands) -> None:
     inspect = data.add(
         "inspect",
         "pipelines.cli_data:inspect",
-        "count what lies in a folder of shards: samples, rows, damage, licences",
-        f"{PROG} data inspect data/tiny-world --split held_out",
+        "count what lies in a folder of samples: rows, sizes, durations, lengths, damage, licences",
+        f"{PROG} data inspect data/tiny-world --split held_out --html page.html",
         json=True,
     )
-    inspect.add_argument("path", metavar="PATH", type=Path, help="built data set, or any folder of WebDataset tars")
+    inspect.add_argument("path", metavar="PATH", type=Path, help="built data set, or any folder of samples")
+    inspect.add_argument("--html", type=Path, help="write a page, too: histograms, and samples to see and hear")
     inspect.add_argument("--split", default="train", help="part to count rows of")
     inspect.add_argument("--limit", type=_positive, default=200, help="samples of each source to look into")
     inspect.add_argument("--recipe", default="tiny", help="recipe whose networks count the rows")
@@ -218,7 +223,7 @@ def _add_preview(data: _Commands) -> None:
     )
     preview.add_argument("--step", type=int, help="first step (default: 0, or where the run stands)")
     _add_set(preview)
-    preview.add_argument("--out", type=Path, default=Path("preview.html"), help="page to write")
+    preview.add_argument("--out", type=Path, help="page to write, too (of a data set: default preview.html)")
     preview.add_argument("--count", type=_positive, default=8, help="samples to show (of each source, in a page)")
     preview.add_argument("--split", default="train", help="part to show")
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_ray.types.errors import DataError
 from omni_ray.types.sample import Sample
 
 MIME = {
@@ -41,26 +40,27 @@ def write_preview(folder: Path, page: Path, *, count: int = 8, split: str = "tra
     Raises:
         DataError: no shards there.
     """
-    from omni_ray.data.sources import WebDatasetSource
+    from omni_ray.data.inspect import numbers_of, open_places
 
-    places = [folder] if any(folder.glob("*.tar")) else sorted({tar.parent for tar in folder.glob(f"*/{split}*.tar")})
-    if not places:
-        raise DataError(f"{folder} holds no {split} shards; name a folder of WebDataset tars or of such folders")
     blocks, shown = [], 0
-    for place in places:
-        source = WebDatasetSource(place, place.name, split=split)
-        numbers = range(0, len(source), max(1, len(source) // count))[:count]
-        blocks.append(f"<h2>{html.escape(place.name)} <small>{len(source)} samples</small></h2>")
+    for source in open_places(folder, split):
+        numbers = numbers_of(len(source), count)
+        blocks.append(f"<h2>{html.escape(source.name)} <small>{len(source)} samples</small></h2>")
         blocks.extend("".join(sample_html(source[number])) for number in numbers)
         shown += len(numbers)
+    write_page(page, f"{folder.name}, {split}", "".join(blocks), STYLE)
+    return shown
+
+
+def write_page(page: Path, title: str, body: str, style: str) -> None:
+    """Write a page; it appears whole or not at all."""
     text = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(folder.name)}</title>"
-        f"<style>{STYLE}</style><h1>{html.escape(folder.name)}, {html.escape(split)}</h1>{''.join(blocks)}</html>\n"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+        f"<style>{style}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
     )
     aside = page.with_name(f".{page.name}.{os.getpid()}.part")
     aside.write_text(text, encoding="utf-8")
     aside.replace(page)
-    return shown
 
 
 def sample_html(sample: Sample) -> Iterator[str]:

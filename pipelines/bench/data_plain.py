@@ -1,7 +1,7 @@
 """The plain loader of the data bench: webdataset, torchvision, PyAV and torch's DataLoader, as their manuals put them.
 
-It decodes to what ours decodes to (224 x 224 pictures, 12 frames of 56 x 84 a film) and collates; it knows no mixture but
-webdataset's, and neither packs nor tokenises.
+It decodes to what ours decodes to (224 x 224 pictures, 12 frames of 56 x 84 a film) and collates; it knows no mixture
+but webdataset's, and neither packs nor tokenises.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ def test_data_preview_shows_media_inside_one_page(
     assert text.count("<audio controls") == 4
     assert "http" not in text, "the page asks nobody for anything"
     assert list(tmp_path.iterdir()) == [page]
-    assert "is no folder" in refusal(capsys, "data", "inspect", str(page))
-    assert "holds no train shards" in refusal(capsys, "data", "preview", str(tmp_path), "--out", str(page))
+    assert "unknown ending" in refusal(capsys, "data", "inspect", str(page))
+    assert "holds no train samples" in refusal(capsys, "data", "preview", str(tmp_path), "--out", str(page))
 
 
 def test_preview_shows_words_as_words() -> None:
