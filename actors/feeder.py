@@ -163,8 +163,9 @@ class Feeder:
         if needs_drawing(self.recipe, first, stop):
             steps = draw_dataset(self.recipe, self.root, self.state, first, stop)
         else:
-            blocks = max(1, (stop - first) // STEPS_PER_BLOCK)  # small blocks, or nothing streams
-            steps = ray.data.range(stop - first, override_num_blocks=blocks).map(
+            count = stop - first
+            blocks = min(count, max(self.recipe.data.workers, count // STEPS_PER_BLOCK))  # small, or nothing streams
+            steps = ray.data.range(count, override_num_blocks=blocks).map(
                 lambda row: {"step": row["id"] + first}
             )
         prepared = steps.map(

@@ -163,3 +163,22 @@ def preview(args: Namespace) -> Outcome:
         recipe = load_recipe(str(args.path), args.set)
         document |= {"page": str(page), "shown": write_recipe_preview(recipe, page, step=args.step or 0, count=args.count)}
     return Outcome(text="\n".join(map(sample_line, records)), document=document)
+
+
+def curate(args: Namespace) -> Outcome:
+    """Speech in which two recognisers agree, or scenes of films with their clusters, as lines that a source reads."""
+    from contextlib import nullcontext
+
+    from pipelines.curate import curate as run
+
+    if args.workers:
+        from actors.cluster import local_or_joined
+
+        session: Any = local_or_joined()
+    else:
+        session = nullcontext()
+    with session:
+        facts = run(args.kind, args.path, args.out, split=args.split, limit=args.limit, workers=args.workers)
+    lines = [f"{args.out}: {facts['kept']} of {facts['found']} stretches kept, from {facts['samples']} samples"]
+    lines += [f"  left out: {row['recording']}: {row['why']}" for row in facts["left_out"][:20]]
+    return Outcome(text="\n".join(lines), document={"path": str(args.out.resolve()), **facts})

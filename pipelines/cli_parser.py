@@ -195,6 +195,12 @@ def _add_data(commands: _Commands) -> None:
     build.add_argument("--seed", type=int, default=0, help="other samples of the same world")
     build.add_argument("--hold-out", default="yweweler", help="human speaker that training must not hear")
     build.add_argument("--scale", type=float, default=1.0, help="share of every source, for a quick look")
+    _add_inspect(data)
+    _add_preview(data)
+    _add_curate(data)
+
+
+def _add_inspect(data: _Commands) -> None:
     inspect = data.add(
         "inspect",
         "pipelines.cli_data:inspect",
@@ -207,7 +213,6 @@ def _add_data(commands: _Commands) -> None:
     inspect.add_argument("--split", default="train", help="part to count rows of")
     inspect.add_argument("--limit", type=_positive, default=200, help="samples of each source to look into")
     inspect.add_argument("--recipe", default="tiny", help="recipe whose networks count the rows")
-    _add_preview(data)
 
 
 def _add_preview(data: _Commands) -> None:
@@ -226,6 +231,22 @@ def _add_preview(data: _Commands) -> None:
     preview.add_argument("--out", type=Path, help="page to write, too (of a data set: default preview.html)")
     preview.add_argument("--count", type=_positive, default=8, help="samples to show (of each source, in a page)")
     preview.add_argument("--split", default="train", help="part to show")
+
+
+def _add_curate(data: _Commands) -> None:
+    curate = data.add(
+        "curate",
+        "pipelines.cli_data:curate",
+        "keep good speech (two recognisers agree, words aligned) or cut films into clustered scenes, with Ray Data",
+        f"{PROG} data curate speech data/tiny-world/audio_repeat --out data/curated --limit 20",
+        json=True,
+    )
+    curate.add_argument("kind", metavar="KIND", choices=["speech", "video"], help="speech or video")
+    curate.add_argument("path", metavar="PATH", type=Path, help="samples of any form")
+    curate.add_argument("--out", type=Path, required=True, help="folder for KIND.jsonl and the cut sounds")
+    curate.add_argument("--split", default="train", help="part to read")
+    curate.add_argument("--limit", type=_positive, help="samples of each source at most")
+    curate.add_argument("--workers", type=int, default=1, help="Ray Data tasks at a time; 0 runs in this process")
 
 
 def _add_codec(commands: _Commands) -> None:

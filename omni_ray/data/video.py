@@ -125,6 +125,19 @@ def frames_at(raw: bytes, name: str, numbers: Sequence[int], size: tuple[int, in
     return dict(zip(wanted, found, strict=True))
 
 
+def plan_frames_at_rate(raw: bytes, name: str, fps: float) -> tuple[list[int], list[float]]:
+    """Frame numbers about ``fps`` a second from the first on, and when they are shown, in seconds.
+
+    Raises:
+        MediaError: as :func:`plan_video`.
+    """
+    track = _read_track(raw, name)
+    start = track.times_s[0]
+    step = max(1, round(_rate(track.times_s) / fps))
+    numbers = list(range(0, len(track.times_s), step))
+    return numbers, [track.times_s[number] - start for number in numbers]
+
+
 def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:
     """Frame numbers at the middles of equal segments of the clip.
 
