@@ -32,6 +32,7 @@ def _film(*colours: tuple[int, int, int]) -> bytes:
 
 
 @pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data reads settings of its own that it deprecates
 def test_films_are_cut_and_clustered_through_ray_as_in_one_process(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
