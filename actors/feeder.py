@@ -165,9 +165,7 @@ class Feeder:
         else:
             count = stop - first
             blocks = min(count, max(self.recipe.data.workers, count // STEPS_PER_BLOCK))  # small, or nothing streams
-            steps = ray.data.range(count, override_num_blocks=blocks).map(
-                lambda row: {"step": row["id"] + first}
-            )
+            steps = ray.data.range(count, override_num_blocks=blocks).map(lambda row: {"step": row["id"] + first})
         prepared = steps.map(
             PrepareSteps,  # type: ignore[arg-type]  # Ray Data makes one per task
             fn_constructor_args=(self.recipe, self.root, self.state),

@@ -161,7 +161,10 @@ def preview(args: Namespace) -> Outcome:
         from pipelines.recipe_preview import write_recipe_preview
 
         recipe = load_recipe(str(args.path), args.set)
-        document |= {"page": str(page), "shown": write_recipe_preview(recipe, page, step=args.step or 0, count=args.count)}
+        document |= {
+            "page": str(page),
+            "shown": write_recipe_preview(recipe, page, step=args.step or 0, count=args.count),
+        }
     return Outcome(text="\n".join(map(sample_line, records)), document=document)
 
 
