@@ -17,10 +17,12 @@ from omni_ray.models.fbank import Fbank, FbankState
 from omni_ray.models.fsmn import FsmnLayer, LayerState
 from omni_ray.models.layers import row_padded
 from omni_ray.models.pretrained import load_weights, read_config, save_module
-from omni_ray.models.streaming import GappedRows
+from omni_ray.models.streaming import GappedRows, item_runs
 from omni_ray.types.errors import ConfigError, MediaError
 
 MODEL_TYPE = "longcat_audio_encoder"
+RUN_ROWS = 512
+"""Rows of one run without a graph on the CPU; see :func:`streaming.item_runs`."""
 
 # B streams, S samples, T fbank frames, M mel bins, N rows of 80 ms, R packed rows, C splice values, P projection size,
 # H hidden size, D language width, V CTC units
@@ -281,9 +283,14 @@ class AudioEncoder(nn.Module):
         for i, wave_S in enumerate(waves):
             self._check_length(wave_S.shape[-1], f"recording {i}")
         device = self.encoder.ctc_head.weight.device
-        features = [self.encoder.normalise(self.features(wave_S.to(device))) for wave_S in waves]
-        hidden_RH, lengths = self.encoder(features)
-        return self.project(hidden_RH), lengths
+        whole = torch.is_grad_enabled() or device.type != "cpu"
+        rows = [self.config.num_rows(wave_S.shape[-1]) for wave_S in waves]
+        pieces = []
+        for run in [slice(None)] if whole or not waves else item_runs(rows, RUN_ROWS):
+            features = self.fbank.many([wave_S.to(device) for wave_S in waves[run]])
+            hidden_RH, _ = self.encoder([self.encoder.normalise(frames_TM) for frames_TM in features])
+            pieces.append(self.project(hidden_RH))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces), tuple(rows)
 
     def _stream(self, chunk_BS: Tensor, state: AudioState, final: bool) -> tuple[Tensor, AudioState]:
         fbank_BTM, fbank = self.fbank.stream(chunk_BS.to(state.fbank.tail_BS.device), state.fbank)

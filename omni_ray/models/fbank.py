@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +19,8 @@ SHIFT_S = 0.010
 PRE_EMPHASIS = 0.97
 WINDOW_POWER = 0.85
 INT16_SCALE = 32768.0
+BLOCK_FRAMES = 512
+"""Frames transformed at a time."""
 LOG_FLOOR = float(numpy.finfo(numpy.float32).eps)
 
 
@@ -106,11 +109,7 @@ class Fbank(nn.Module):
             MediaError: the signal is shorter than one frame.
         """
         samples = wave.shape[-1]
-        if samples < self.window:
-            raise MediaError(
-                f"audio has {samples} samples, yet one frame needs {self.window} "
-                f"({WINDOW_S * 1000:.0f} ms at {self.sample_rate_hz} Hz); give a longer recording"
-            )
+        self._check_length(samples, "audio")
         features_BTM, _ = self.stream(wave.reshape(-1, samples))
         return features_BTM.reshape(*wave.shape[:-1], *features_BTM.shape[1:])
 
@@ -134,9 +133,33 @@ class Fbank(nn.Module):
         tail_BS = samples_BS[:, frames * self.shift :].clone()
         if not frames:
             return samples_BS.new_zeros(batch, 0, self.num_mels), FbankState(tail_BS=tail_BS)
-        frames_RW = samples_BS.unfold(-1, self.window, self.shift).reshape(-1, self.window)
-        features_RM = row_padded(self._log_mel, frames_RW)
+        features_RM = self._blocks(samples_BS.unfold(-1, self.window, self.shift).flatten(0, 1))
         return features_RM.reshape(batch, frames, self.num_mels), FbankState(tail_BS=tail_BS)
+
+    def many(self, waves: Sequence[Tensor]) -> list[Tensor]:
+        """Features [T, M] of several signals [S] of any lengths, their frames side by side in one batch.
+
+        Raises:
+            MediaError: a signal is shorter than one frame.
+        """
+        if len(waves) < 2:
+            return [self(wave_S) for wave_S in waves]
+        frames = []
+        for i, wave_S in enumerate(waves):
+            self._check_length(wave_S.shape[-1], f"recording {i}")
+            frames.append(wave_S.to(torch.float32).unfold(-1, self.window, self.shift))
+        return list(self._blocks(torch.cat(frames)).split([len(frames_TW) for frames_TW in frames]))
+
+    def _blocks(self, frames_RW: Tensor) -> Tensor:
+        """Log-mel rows in blocks that stay in the cache; block sizes are multiples of 16, so the bits are the same."""
+        return torch.cat([row_padded(self._log_mel, block_RW) for block_RW in frames_RW.split(BLOCK_FRAMES)])
+
+    def _check_length(self, samples: int, what: str) -> None:
+        if samples < self.window:
+            raise MediaError(
+                f"{what} has {samples} samples, yet one frame needs {self.window} "
+                f"({WINDOW_S * 1000:.0f} ms at {self.sample_rate_hz} Hz); give a longer recording"
+            )
 
     def _log_mel(self, frames_RW: Tensor) -> Tensor:
         window_W, filters_FM = _tables(self.num_mels, self.low_hz, self.high_hz, self.sample_rate_hz, frames_RW.device)

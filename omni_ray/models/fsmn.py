@@ -78,7 +78,8 @@ class FsmnLayer(nn.Module):
         length = normed.shape[-2] - taps_KP.shape[0] + 1
         total = normed.narrow(-2, 0, length) * taps_KP[0]
         for k in range(1, taps_KP.shape[0]):
-            total = total + normed.narrow(-2, k, length) * taps_KP[k]
+            # Not addcmul: it fuses the rounding in full vectors only, so bits would depend on where a row stands.
+            total.add_(normed.narrow(-2, k, length) * taps_KP[k])
         return total
 
     def _feed_forward(self, m_RP: Tensor) -> Tensor:

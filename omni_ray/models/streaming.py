@@ -1,4 +1,4 @@
-"""Helpers of streaming networks: utterances packed with room between them, and a signal fed in pieces."""
+"""Helpers of packed and streaming networks: items in cache-sized runs, room between utterances, a signal in pieces."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ from torch import Tensor
 StateT = TypeVar("StateT")
 
 # R packed rows of all utterances, G rows of the layout with gaps
+
+
+def item_runs(lengths: Sequence[int], most: int) -> list[slice]:
+    """Cut packed items into runs of neighbours with at most ``most`` rows together (a longer item stands alone).
+
+    Without a graph to keep, running a network over cache-sized runs spares the trips of every activation to memory;
+    rows are tiled (``layers.row_padded``), so the bits of an item do not depend on the cut.
+
+    Args:
+        lengths: Rows of every item.
+        most: Rows of one run.
+
+    Returns:
+        Slices of item numbers, in order; none for no items.
+    """
+    runs, start, rows = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and rows + length > most:
+            runs.append(slice(start, i))
+            start, rows = i, 0
+        rows += length
+    return [*runs, slice(start, len(lengths))] if lengths else []
 
 
 class GappedRows:
