@@ -1,4 +1,4 @@
-"""Handlers of ``checkpoint inspect`` and ``reshard``, and of ``import`` and ``export``, which come later."""
+"""Handlers of ``checkpoint inspect``, ``import``, ``export`` and ``reshard``."""
 
 from __future__ import annotations
 
@@ -6,18 +6,70 @@ import json
 import math
 import struct
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_ray.types.errors import CheckpointError, NotYetError
+from omni_ray.types.errors import CheckpointError
 from pipelines.cli_outcome import Outcome
 
 
 def inspect(args: Namespace) -> Outcome:
-    """Step, stage, parameters by network and versions, read without loading a weight."""
+    """Step, stage, parameters by network and versions, read without loading a weight; or a size's parameters."""
+    if (args.checkpoint is None) == (args.size is None):
+        raise CheckpointError("checkpoint inspect takes one of two: the folder of a checkpoint, or --size NAME")
+    if args.size is not None:
+        return inspect_size(args.size)
+    folder: Path = args.checkpoint
+    if (folder / "config.json").is_file() and not (folder / "COMPLETE").is_file():
+        return inspect_released(folder)
+    return inspect_checkpoint(folder)
+
+
+def inspect_size(size: Any) -> Outcome:
+    """Parameters of a size from its settings alone, on the meta device."""
+    from omni_ray.config.model import model_preset
+    from omni_ray.models.counting import count_parameters
+
+    counts = count_parameters(model_preset(size))
+    width = max(map(len, counts))
+    lines = [f"{size}: parameters in millions"]
+    lines += [f"  {name:{width}}  {count / 1e6:14,.3f}" for name, count in counts.items()]
+    return Outcome(text="\n".join(lines), document={"size": size, "parameters": counts})
+
+
+def inspect_released(folder: Path) -> Outcome:
+    """What a folder in the released layout holds, values unread."""
+    from omni_ray.models import released
+    from omni_ray.models.weights import SafetensorsFolder
+
+    SafetensorsFolder(folder)  # refuses a folder whose shards are not all there
+    parts = {"language": count_network(folder)}
+    files = (*released.VISION_FILES.values(), *released.AUDIO_FILES.values(), *released.TABLE_FILES.values())
+    for file in files:
+        if (folder / file).is_file():
+            tensors = released.read_pt(folder / file)
+            parts[file] = {
+                "parameters": sum(tensor.numel() for tensor in tensors.values()),
+                "tensors": len(tensors),
+                "dtypes": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+            }
+    absent = [file for file in files if file not in parts]
+    lines = [f"{folder}: released layout; omni-ray checkpoint import makes a checkpoint of it"]
+    lines += [_network_line(name, facts) for name, facts in parts.items()]
+    lines += [f"  not here: {', '.join(absent)}"] if absent else []
+    document = {"released": str(folder.resolve()), "parts": parts, "absent": absent}
+    return Outcome(text="\n".join(lines), document=document)
+
+
+def _network_line(name: str, facts: Mapping[str, Any]) -> str:
+    return f"  {name}: {facts['parameters'] / 1e6:.3f} M parameters in {facts['tensors']} tensors ({facts['dtypes']})"
+
+
+def inspect_checkpoint(folder: Path) -> Outcome:
+    """A checkpoint of ours."""
     from omni_ray.checkpoint.store import check_whole, read_state
 
-    folder: Path = args.checkpoint
     check_whole(folder)
     state = read_state(folder)
     networks = {network.name: count_network(network) for network in sorted((folder / "model").iterdir())}
@@ -31,10 +83,7 @@ def inspect(args: Namespace) -> Outcome:
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     }
     lines = [f"{folder}: step {state.get('step')}, stage {state.get('stage')}, {document['bytes'] / 1e6:.1f} MB"]
-    lines += [
-        f"  {name}: {facts['parameters'] / 1e6:.3f} M parameters in {facts['tensors']} tensors ({facts['dtypes']})"
-        for name, facts in networks.items()
-    ]
+    lines += [_network_line(name, facts) for name, facts in networks.items()]
     lines.append("  " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     return Outcome(text="\n".join(lines), document=document)
 
@@ -77,13 +126,37 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def import_(args: Namespace) -> Outcome:
-    """Refused by name."""
-    raise NotYetError("checkpoint import", "LanguageModel.from_pretrained reads released language weights in Python")
+    """Make a checkpoint of a folder in the released layout."""
+    from pipelines.released_folder import import_folder
+
+    report = import_folder(args.source, args.target)
+    lines = [f"{args.target}: made from {args.source}", *_report_lines(report)]
+    if report["absent"]:
+        lines.append(f"  not in the folder: {', '.join(report['absent'])}")
+    return Outcome(text="\n".join(lines), document={"checkpoint": str(args.target.resolve()), **report})
 
 
 def export_(args: Namespace) -> Outcome:
-    """Refused by name."""
-    raise NotYetError("checkpoint export", f"{args.source}/model already holds each network as safetensors")
+    """Write a checkpoint in the released layout."""
+    from pipelines.released_folder import export_folder
+
+    report = export_folder(args.source, args.target)
+    lines = [f"{args.target}: released layout of {args.source}", *_report_lines(report)]
+    if report["left_out"]:
+        lines.append(f"  left out, the released layout has no place for it: {', '.join(report['left_out'])}")
+    return Outcome(text="\n".join(lines), document={"released": str(args.target.resolve()), **report})
+
+
+def _words(key: str, value: int) -> str:
+    return f"{value} {key.replace('_', ' ')}"
+
+
+def _report_lines(report: Mapping[str, Any]) -> list[str]:
+    return [
+        f"  {name}: {', '.join(_words(key, value) for key, value in facts.items())}"
+        for name, facts in report.items()
+        if isinstance(facts, dict)
+    ]
 
 
 def reshard_(args: Namespace) -> Outcome:

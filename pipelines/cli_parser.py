@@ -273,7 +273,8 @@ def _add_checkpoint(commands: _Commands) -> None:
         f"{PROG} checkpoint inspect runs/quickstart/checkpoint",
         json=True,
     )
-    inspect.add_argument("checkpoint", metavar="CKPT", type=Path, help="folder of a checkpoint")
+    inspect.add_argument("checkpoint", metavar="CKPT", type=Path, nargs="?", help="checkpoint, or released folder")
+    inspect.add_argument("--size", choices=("tiny", "small", "flash-omni"), help="count a size's parameters instead")
     for name, summary in (
         ("import", "make a checkpoint from released weights"),
         ("export", "write a checkpoint in the released layout"),

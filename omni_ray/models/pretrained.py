@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -21,6 +22,34 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class Pretrained(nn.Module):
+    """A network that is built from its settings alone and lives in a folder of its own."""
+
+    MODEL_TYPE: ClassVar[str]
+    """Name in ``config.json``."""
+    CONFIG: ClassVar[type[BaseModel]]
+    """Class of its settings."""
+    KIND: ClassVar[str]
+    """In words, with its article."""
+    config: Any
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (values stored as ``dtype``)."""
+        save_module(self, self.config, Path(folder), model_type=self.MODEL_TYPE, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """Load a folder of :meth:`save_pretrained` as fp32, in eval mode (no dropout).
+
+        Raises:
+            CheckpointError: not such a folder, cut short, or with other shapes than its config says.
+        """
+        config = read_config(Path(folder), cls.CONFIG, model_type=cls.MODEL_TYPE)
+        with torch.device("meta"):
+            network = cls(config)
+        return load_weights(network, Path(folder), what=cls.KIND).eval()
 
 
 def save_module(module: nn.Module, config: BaseModel, folder: Path, *, model_type: str, dtype: torch.dtype) -> None:
@@ -39,9 +68,14 @@ def save_module(module: nn.Module, config: BaseModel, folder: Path, *, model_typ
         if tensor.is_floating_point() and not torch.isfinite(stored).all():
             raise CheckpointError(f"{model_type}: {name} holds values that {dtype} cannot; store it as torch.float32")
         tensors[name] = stored
+    write_folder(folder, tensors, config, model_type=model_type)
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: BaseModel, *, model_type: str) -> None:
+    """Write tensors as they are, and the settings; each file is written to the side and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     side = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(tensors, side, metadata={"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, side, metadata={"format": "pt"})
     # safetensors opens its file for the owner alone; a shipped model is read by everyone.
     side.chmod(0o644)
     side.replace(folder / WEIGHTS_FILE)
@@ -78,6 +112,21 @@ def read_config(folder: Path, config_type: type[ConfigT], *, model_type: str) ->
 def load_weights(module: ModuleT, folder: Path, *, what: str) -> ModuleT:
     """Fill a network (usually built on the meta device) from the folder's weights, as fp32.
 
+    Weights stored as fp32 become views of the mapped file: nothing is read before it is used, nothing held twice.
+
+    Raises:
+        CheckpointError: weights are missing, cut short, foreign, or have another shape.
+    """
+    found = read_tensors(folder, module.state_dict(), what=what)
+    for name, value in found.items():
+        found[name] = value.float() if value.is_floating_point() else value
+    module.load_state_dict(found, assign=True)
+    return module
+
+
+def read_tensors(folder: Path, expected: Mapping[str, Tensor], *, what: str) -> dict[str, Tensor]:
+    """The folder's weights as stored, mapped into memory, once names and shapes are those of the network.
+
     Raises:
         CheckpointError: weights are missing, cut short, foreign, or have another shape.
     """
@@ -91,13 +140,11 @@ def load_weights(module: ModuleT, folder: Path, *, what: str) -> ModuleT:
         raise CheckpointError(
             f"{path} ({size} bytes) is cut short or not safetensors: {error}; copy it again"
         ) from error
-    check_tensors(module.state_dict(), found, path, what=what)
-    whole = {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
-    module.load_state_dict(whole, assign=True)
-    return module
+    check_tensors(expected, found, path, what=what)
+    return found
 
 
-def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path, *, what: str) -> None:
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, *, what: str) -> None:
     """Refuse weights whose names or shapes are not the network's.
 
     Raises:

@@ -6,8 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
 from omni_ray.models.layers import ROW_TILE, RMSNorm
-from omni_ray.models.pretrained import load_weights, read_config, save_module
+from omni_ray.models.pretrained import Pretrained
 from omni_ray.models.projector import Grid, VisionProjector, merged_tokens
 from omni_ray.models.streaming import item_runs
 from omni_ray.types.errors import MediaError
@@ -216,8 +214,12 @@ class LongCatViT(nn.Module):
         return x_PD[:rows]
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Pretrained):
     """ViT (``vit``) and projector (``projector``): packed patches in, rows of the language model's width out."""
+
+    MODEL_TYPE = MODEL_TYPE
+    CONFIG = VisionConfig
+    KIND = "a vision encoder"
 
     def __init__(self, config: VisionConfig, *, seed: int = 0) -> None:
         """Build with parameters that depend on ``config`` and ``seed`` alone; the global random state is untouched."""
@@ -255,22 +257,6 @@ class VisionEncoder(nn.Module):
     def tokens(self, grid: Grid) -> int:
         """Rows that :meth:`forward` gives for one item."""
         return merged_tokens(grid, self.config.merge)
-
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (values stored as ``dtype``)."""
-        save_module(self, self.config, Path(folder), model_type=MODEL_TYPE, dtype=dtype)
-
-    @classmethod
-    def from_pretrained(cls, folder: Path | str) -> Self:
-        """Load a folder of :meth:`save_pretrained` as fp32.
-
-        Raises:
-            CheckpointError: not such a folder, cut short, or with other shapes than its config says.
-        """
-        config = read_config(Path(folder), VisionConfig, model_type=MODEL_TYPE)
-        with torch.device("meta"):
-            encoder = cls(config)
-        return load_weights(encoder, Path(folder), what="a vision encoder")
 
     def _check(self, patches_PC: Tensor, grids: Sequence[Grid]) -> None:
         want = (sum(math.prod(grid) for grid in grids), self.config.patch_values)

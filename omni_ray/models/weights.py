@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from omni_ray.types.errors import CheckpointError
 
 SHARD_BYTES = 4 * 2**30
 """Largest file of a sharded checkpoint."""
+REMAP_BYTES = 64 * 2**20
+"""Bytes read from one mapping before it is made anew."""
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MTP_PREFIX = "model.mtp."
 _EXPERT_NAME = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.")
 
 
@@ -134,31 +137,50 @@ def held_tensors(model: nn.Module) -> dict[str, Tensor]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = SHARD_BYTES) -> None:
-    """One ``model.safetensors``, or ``model-0000i-of-0000n.safetensors`` with an index when it would be larger."""
+def write_safetensors(
+    folder: Path, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """One ``model.safetensors``, or ``model-0000i-of-0000n.safetensors`` with an index when it would be larger.
+
+    Args:
+        folder: Where to.  tensors: By name; pairs may be made one after another, only one shard is held at a time.
+        max_shard_bytes: Most bytes of values in one file (a larger tensor has a file of its own).
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
-        filled += size
     for stale in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE_NAME, folder / INDEX_NAME):
         stale.unlink(missing_ok=True)
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE_NAME, metadata={"format": "pt"})
+    shard: dict[str, Tensor] = {}
+    written: list[list[str]] = []
+    filled = total = 0
+    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and filled + size > max_shard_bytes:
+            written.append(_write_shard(shard, folder, len(written)))
+            shard, filled = {}, 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        filled, total = filled + size, total + size
+    written.append(_write_shard(shard, folder, len(written)))
+    if len(written) == 1:
+        _part(folder, 0).replace(folder / SINGLE_NAME)
         return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    for number, names in enumerate(written):
+        file = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
+        _part(folder, number).replace(folder / file)
+        weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + os.linesep)
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f".part-{number:05d}"
+
+
+def _write_shard(shard: dict[str, Tensor], folder: Path, number: int) -> list[str]:
+    save_file(shard, _part(folder, number), metadata={"format": "pt"})
+    # safetensors opens its file for the owner alone; a model is read by everyone.
+    _part(folder, number).chmod(0o644)
+    return list(shard)
 
 
 class SafetensorsFolder:
@@ -167,9 +189,10 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         """Raises CheckpointError: no safetensors here, or a file is truncated or missing."""
         self.folder = folder
+        self._touched: dict[str, int] = {}
+        self._file_of: dict[str, str]
         if (folder / INDEX_NAME).is_file():
-            index = json.loads((folder / INDEX_NAME).read_text())
-            self._file_of: dict[str, str] = dict(index["weight_map"])
+            self._file_of = _read_index(folder / INDEX_NAME)
             self._open = {file: _open(folder / file) for file in sorted(set(self._file_of.values()))}
             for name, file in self._file_of.items():
                 if name not in self._open[file].keys():  # noqa: SIM118 (a safetensors handle is no mapping)
@@ -189,8 +212,25 @@ class SafetensorsFolder:
         return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
+        """A view of the mapped file; it keeps the mapping alive, so copy what is kept for long."""
+        file = self._file_of[name]
+        if self._touched.get(file, 0) > REMAP_BYTES:
+            # Pages once read count as this process's memory until the mapping goes: a fresh one lets them go.
+            self._open[file] = _open(self.folder / file)
+            self._touched[file] = 0
+        tensor: Tensor = self._open[file].get_tensor(name)
+        self._touched[file] = self._touched.get(file, 0) + tensor.numel() * tensor.element_size()
         return tensor
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no index of shards ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    return found
 
 
 def _open(path: Path) -> Any:
@@ -202,15 +242,14 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from error
 
 
-@torch.no_grad()
-def copy_checked(
+def check_names(
     source: SafetensorsFolder, targets: Mapping[str, Tensor], passed_over: Callable[[str], bool] = lambda name: False
 ) -> None:
-    """Copy every target from the files, one tensor at a time.
+    """Compare names and shapes, values unread.
 
     Args:
         source: Where from.
-        targets: Tensors to fill, by the name in the files.
+        targets: Tensors of the model (the meta device will do), by the name in the files.
         passed_over: Names that may lie in the files and are not for this model.
     Raises:
         CheckpointError: a tensor is missing, foreign, or of another shape.
@@ -235,6 +274,14 @@ def copy_checked(
                 f"tensor {name} in {source.folder}: expected shape {list(target.shape)}, found {list(found)}; "
                 "is config.json of another model?"
             )
+
+
+@torch.no_grad()
+def copy_checked(
+    source: SafetensorsFolder, targets: Mapping[str, Tensor], passed_over: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Copy every target from the files, one tensor at a time; arguments and errors of :func:`check_names`."""
+    check_names(source, targets, passed_over)
     for name, target in targets.items():
         target.copy_(source[name])
 
@@ -257,17 +304,22 @@ def save_language(model: nn.Module, config: LanguageConfig, folder: Path, max_sh
 
 def load_language(model: nn.Module, config: LanguageConfig, folder: Path) -> None:
     """Fill a model of the folder's config from its files."""
+    copy_checked(SafetensorsFolder(folder), published_tensors(model, config), passed_over_by(config))
+
+
+def passed_over_by(config: LanguageConfig) -> Callable[[str], bool]:
+    """Names that may lie in a language model's files although it has no place for them."""
+    experts = config.n_routed_experts + config.zero_expert_num
 
     def passed_over(name: str) -> bool:
         # transformers writes gate and up rows for zero experts too, which nothing reads.
         expert = _EXPERT_NAME.match(name)
         beyond = expert is not None and config.n_routed_experts <= int(expert[1]) < experts
         # The published head repeats the embedding table; a model without the head passes over all of it.
-        ahead = "model.mtp.embed_tokens." if config.mtp_layers else "model.mtp."
+        ahead = f"{MTP_PREFIX}embed_tokens." if config.mtp_layers else MTP_PREFIX
         return beyond or name.startswith(ahead)
 
-    experts = config.n_routed_experts + config.zero_expert_num
-    copy_checked(SafetensorsFolder(folder), published_tensors(model, config), passed_over)
+    return passed_over
 
 
 def published_config(config: LanguageConfig, dtype: str = "float32") -> dict[str, Any]:

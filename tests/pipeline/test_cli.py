@@ -105,15 +105,8 @@ def test_wrong_usage_is_exit_2(words: list[str], says: str, capsys: pytest.Captu
         (["chat", "nowhere"], "nothing was asked; give --text, --image, --audio or --video"),
         (["serve", "nowhere"], "checkpoint nowhere does not exist"),
         (["checkpoint", "inspect", "nowhere"], "checkpoint nowhere does not exist"),
-        (
-            ["checkpoint", "import", "a", "b"],
-            "checkpoint import is not built yet in this version; LanguageModel.from_pretrained reads released language "
-            "weights in Python",
-        ),
-        (
-            ["checkpoint", "export", "a", "b"],
-            "checkpoint export is not built yet in this version; a/model already holds each network as safetensors",
-        ),
+        (["checkpoint", "import", "nowhere", "b"], "nowhere/config.json is missing"),
+        (["checkpoint", "export", "nowhere", "b"], "checkpoint nowhere does not exist"),
         (["checkpoint", "reshard", "a", "b"], "checkpoint a does not exist"),
         (
             ["simulate", "tiny"],
