@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -127,6 +128,15 @@ class VisionConfig(Checked):
                 f"vision hidden_size {self.hidden_size} over {self.num_heads} heads must give a multiple of 4 "
                 "for 2D-RoPE; change either"
             )
+        joined = self.patch_size * math.lcm(*self.merge)
+        if self.side_multiple % joined:
+            raise ConfigError(
+                f"side_multiple is {self.side_multiple} pixels; merge {self.merge} needs a multiple of {joined}"
+            )
+        unit = (self.side_multiple // self.patch_size) ** 2
+        if self.min_patches > self.max_patches or self.max_patches < unit:
+            limits = f"min_patches {self.min_patches} and max_patches {self.max_patches}"
+            raise ConfigError(f"{limits} leave no picture: the smallest has {unit} patches; raise max_patches")
         return self
 
 
@@ -190,6 +200,9 @@ class AudioConfig(Checked):
             raise ConfigError(
                 f"num_lookahead_layers is {self.num_lookahead_layers}, yet there are {self.num_layers} layers; lower it"
             )
+        if not self.mel_low_hz < self.mel_high_hz <= self.sample_rate_hz / 2:
+            limits = f"mel_low_hz {self.mel_low_hz:g} and mel_high_hz {self.mel_high_hz:g} do not fit"
+            raise ConfigError(f"{limits} {self.sample_rate_hz} samples a second; choose low < high <= half of it")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"audio dropout is {self.dropout:g}; choose 0 up to, not including, 1")
         return self

@@ -269,6 +269,7 @@ class AudioEncoder(Pretrained):
     def _whole(self, waves: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
         for i, wave_S in enumerate(waves):
             self._check_length(wave_S.shape[-1], f"recording {i}")
+            _check_finite(wave_S, f"recording {i}")
         device = self.encoder.ctc_head.weight.device
         whole = torch.is_grad_enabled() or device.type != "cpu"
         rows = [self.config.num_rows(wave_S.shape[-1]) for wave_S in waves]
@@ -280,6 +281,7 @@ class AudioEncoder(Pretrained):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces), tuple(rows)
 
     def _stream(self, chunk_BS: Tensor, state: AudioState, final: bool) -> tuple[Tensor, AudioState]:
+        _check_finite(chunk_BS, "streamed audio")
         fbank_BTM, fbank = self.fbank.stream(chunk_BS.to(state.fbank.tail_BS.device), state.fbank)
         hidden_BNH, kept_BTM, layers = self.encoder.stream(
             self.encoder.normalise(fbank_BTM), state.frames_BTM, state.layers, final
@@ -293,4 +295,13 @@ class AudioEncoder(Pretrained):
             raise MediaError(
                 f"{what} has {samples} samples, yet one frame needs {self.fbank.window} "
                 f"(25 ms at {self.config.sample_rate_hz} Hz); give a longer recording"
+            )
+
+
+def _check_finite(wave: Tensor, what: str) -> None:
+    if not bool(wave.sum(dtype=torch.float64).isfinite()):
+        bad = (~wave.isfinite()).flatten().nonzero()
+        if len(bad):
+            raise MediaError(
+                f"{what} has {len(bad)} samples that are not finite, the first at {int(bad[0])}; decode it again"
             )

@@ -259,9 +259,22 @@ class VisionEncoder(Pretrained):
         return merged_tokens(grid, self.config.merge)
 
     def _check(self, patches_PC: Tensor, grids: Sequence[Grid]) -> None:
+        for i, grid in enumerate(grids):
+            if min(grid) < 1:
+                raise MediaError(f"item {i} has a grid of {grid[0]} x {grid[1]} x {grid[2]} patches; leave it out")
         want = (sum(math.prod(grid) for grid in grids), self.config.patch_values)
         if tuple(patches_PC.shape) != want:
             raise MediaError(
                 f"patches have shape {list(patches_PC.shape)}, yet {len(grids)} grids of patch size "
                 f"{self.config.patch_size} need {list(want)}; patchify with the encoder's own settings"
             )
+        # One pass over the input finds what would otherwise come out as silent nonsense.
+        if not bool(patches_PC.detach().sum(dtype=torch.float64).isfinite()):
+            bad_P = (~patches_PC.isfinite().all(dim=1)).nonzero()
+            if len(bad_P):
+                ends = torch.tensor([math.prod(grid) for grid in grids]).cumsum(0)
+                item = int((ends <= bad_P[0].cpu()).sum())
+                raise MediaError(
+                    f"item {item} has pixels that are not finite ({len(bad_P)} of {len(patches_PC)} patches in all); "
+                    "decode it again"
+                )

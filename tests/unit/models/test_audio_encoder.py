@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -303,3 +305,34 @@ def test_impossible_settings_are_refused(encoder: AudioEncoder) -> None:
         AudioConfig(num_lookahead_layers=23)
     with pytest.raises(ConfigError, match="give 12 means and 12 positive deviations"):
         encoder.set_cmvn(torch.zeros(12), torch.zeros(12))
+
+
+def test_samples_that_are_not_finite_are_refused(tiny: AudioEncoder) -> None:
+    bad = noise(4000)
+    bad[123] = float("inf")
+    with pytest.raises(MediaError) as caught:
+        tiny([noise(4000), bad])
+    assert str(caught.value) == "recording 1 has 1 samples that are not finite, the first at 123; decode it again"
+    with pytest.raises(MediaError, match="streamed audio has 1 samples that are not finite"):
+        tiny(bad[None], tiny.initial_state())
+    with pytest.raises(ValidationError, match="mel_high_hz 9000 do not fit 16000 samples a second"):
+        AudioConfig(mel_high_hz=9000)
+
+
+def test_flash_omni_row_t_needs_sound_up_to_80_t_plus_575_ms() -> None:
+    """models.md section 2: the window of the last fbank frame that row t depends on ends at 80 t + 575 ms."""
+    config = model_preset("flash-omni").audio
+    for t in (0, 1, 40):
+        assert 80 * (t + 1) + config.lookahead_ms == 80 * t + 575
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(400, 9000),
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=12),
+)
+@torch.no_grad()
+def test_any_chunking_equals_whole(samples: int, sizes: list[int]) -> None:
+    encoder = random_encoder(SMALL)
+    wave = noise(samples, seed=samples)
+    assert torch.equal(stream_all(encoder, wave, sizes), encoder([wave])[0])

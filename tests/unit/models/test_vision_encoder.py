@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig, model_preset
+from omni_ray.data.image import fit_size
 from omni_ray.models.projector import Grid
 from omni_ray.models.vision_encoder import Block, VisionEncoder, rope_angles, rotate
 from omni_ray.types.errors import CheckpointError, MediaError
@@ -294,3 +296,46 @@ def test_values_beyond_float16_are_not_stored_as_float16(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"vit\.encoder\.layers\.0\.ls1 holds values that torch\.float16 cannot"):
         encoder.save_pretrained(tmp_path, dtype=torch.float16)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_pixels_that_are_not_finite_and_empty_grids_are_refused() -> None:
+    encoder = VisionEncoder(SMALL)
+    patches = torch.zeros(16, SMALL.patch_values)
+    patches[9, 5] = float("nan")
+    with pytest.raises(MediaError, match=r"item 1 has pixels that are not finite \(1 of 16 patches in all\)"):
+        encoder(patches, [(1, 2, 4), (1, 2, 4)])
+    with pytest.raises(MediaError, match="item 0 has a grid of 1 x 0 x 4 patches; leave it out"):
+        encoder(patches[:0], [(1, 0, 4)])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"side_multiple": 14}, r"side_multiple is 14 pixels; merge \(1, 2\) needs a multiple of 28"),
+        ({"min_patches": 6000}, "min_patches 6000 and max_patches 5832 leave no picture"),
+        ({"min_patches": 1, "max_patches": 63}, "the smallest has 64 patches"),
+        ({"num_heads": 7}, "vision hidden_size 1280 over 7 heads must give a multiple of 4"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(change: dict[str, int], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        VisionConfig(**change)  # type: ignore[arg-type]
+
+
+def test_odd_frames_and_limits_walk_of_native_resolution() -> None:
+    """models.md section 1: inside the limits only rounding; outside scaled; small sides enlarged first."""
+    config = VisionConfig()
+
+    def patches(height: int, width: int) -> tuple[int, int, int]:
+        h, w = fit_size(height, width, config)
+        assert h % 112 == w % 112 == 0
+        return h, w, h * w // 196
+
+    assert patches(448, 560) == (448, 560, 1280)  # inside, already multiples
+    assert patches(500, 600)[:2] == (448, 560)  # inside: each side to its nearest multiple
+    assert patches(100, 100)[2] >= 576  # too small: enlarged, then raised
+    assert patches(4000, 3000)[2] <= 5832  # too big: scaled, then floored
+    big_h, big_w, _ = patches(4000, 3000)
+    assert abs(big_h / big_w - 4 / 3) < 0.2
+    assert 576 <= patches(56, 2000)[2] <= 5832
