@@ -235,18 +235,12 @@ class CodecConfig(Checked):
     @property
     def hop(self) -> int:
         """Input samples a frame (960 at 16 kHz = 60 ms)."""
-        hop = 1
-        for stride in self.encoder_strides:
-            hop *= stride
-        return hop
+        return math.prod(self.encoder_strides)
 
     @property
     def output_hop(self) -> int:
         """24 kHz samples a frame (1440 = 60 ms)."""
-        hop = 1
-        for rate in self.decoder_rates_24k:
-            hop *= rate
-        return hop
+        return math.prod(self.decoder_rates_24k)
 
 
 class OmniConfig(Checked):
