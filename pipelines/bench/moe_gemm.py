@@ -21,8 +21,8 @@ TOKENS = 8192
 EXPERT_PARALLEL = 8
 EXPERTS, CHOSEN = 512, 8
 """N and K_e as published."""
-HIDDEN, INNER = 256, 128
-"""Widths of the bench configuration S."""
+HIDDEN, INNER = 512, 256
+"""Widths of the bench configuration L."""
 CONTEXT_PARALLEL = (1, 2, 4, 8)
 
 # M (token, expert) pairs of this rank, H model dim, F inner dim
