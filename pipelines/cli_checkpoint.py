@@ -41,7 +41,7 @@ def inspect_size(size: Any) -> Outcome:
 def inspect_released(folder: Path) -> Outcome:
     """What a folder in the released layout holds, values unread."""
     from omni_ray.models import released
-    from omni_ray.models.weights import SafetensorsFolder
+    from omni_ray.models.tensor_files import SafetensorsFolder
 
     SafetensorsFolder(folder)  # refuses a folder whose shards are not all there
     parts = {"language": count_network(folder)}

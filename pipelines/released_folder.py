@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni_ray.checkpoint import store
 from omni_ray.config.model import AudioConfig, LanguageConfig, VisionConfig
-from omni_ray.models import pretrained, released, weights
+from omni_ray.models import pretrained, released, tensor_files, weights
 from omni_ray.models.audio_encoder import MODEL_TYPE as AUDIO_TYPE
 from omni_ray.models.audio_encoder import AudioEncoder
 from omni_ray.models.kaldi_stats import read_cmvn, write_cmvn
@@ -174,11 +174,13 @@ def _read_tables(source: Path, config: LanguageConfig) -> dict[str, Tensor]:
 
 
 def _import_language(source: Path, side: Path, config: LanguageConfig, tables: Mapping[str, Tensor]) -> dict[str, Any]:
-    folder = weights.SafetensorsFolder(source)
+    folder = tensor_files.SafetensorsFolder(source)
     with torch.device("meta"):
         expected = weights.published_tensors(LanguageModel(config), config)
     beside = {name: tensor for name, tensor in tables.items() if name not in folder.names()}
-    weights.check_names(folder, {n: t for n, t in expected.items() if n not in beside}, weights.passed_over_by(config))
+    tensor_files.check_names(
+        folder, {n: t for n, t in expected.items() if n not in beside}, weights.passed_over_by(config)
+    )
     _check_embedding(source, folder)
     for_it = weights.passed_over_by(config)
     names = [*expected, *sorted(n for n in folder.names() - set(expected) if n.startswith(weights.MTP_PREFIX))]
@@ -188,7 +190,7 @@ def _import_language(source: Path, side: Path, config: LanguageConfig, tables: M
         for name in names:
             yield name, beside[name] if name in beside else folder[name]
 
-    weights.write_safetensors(side / "model" / "language", tensors(), SHARD_BYTES)
+    tensor_files.write_safetensors(side / "model" / "language", tensors(), SHARD_BYTES)
     raw = released.read_json(source / "config.json")
     written = {**raw, **weights.published_config(config, str(weights.read_dtype(source)).removeprefix("torch."))}
     (side / "model" / "language" / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -196,7 +198,7 @@ def _import_language(source: Path, side: Path, config: LanguageConfig, tables: M
     return {"tensors": len(names), "prediction_tensors": len(mtp), "rows_of_zero_experts_dropped": len(dropped)}
 
 
-def _check_embedding(source: Path, folder: weights.SafetensorsFolder) -> None:
+def _check_embedding(source: Path, folder: tensor_files.SafetensorsFolder) -> None:
     """The embedding that lies beside the weights once more must be the same."""
     path = source / released.EMBEDDING_FILE
     if not path.is_file():
@@ -215,15 +217,15 @@ def _check_embedding(source: Path, folder: weights.SafetensorsFolder) -> None:
 
 def _export_language(source: Path, side: Path) -> dict[str, Any]:
     config = weights.read_config(source)
-    folder = weights.SafetensorsFolder(source)
+    folder = tensor_files.SafetensorsFolder(source)
     with torch.device("meta"):
         expected = weights.published_tensors(LanguageModel(config), config)
-    weights.check_names(folder, expected, weights.passed_over_by(config))
+    tensor_files.check_names(folder, expected, weights.passed_over_by(config))
     tables = {kind: [n for n in expected if n.startswith(f"{kind}.")] for kind in released.TABLE_FILES}
     beside = {name for names in tables.values() for name in names}
     mtp = sorted(n for n in folder.names() - set(expected) if n.startswith(weights.MTP_PREFIX))
     names = [name for name in expected if name not in beside] + mtp
-    weights.write_safetensors(side, ((name, folder[name]) for name in names), SHARD_BYTES)
+    tensor_files.write_safetensors(side, ((name, folder[name]) for name in names), SHARD_BYTES)
     for kind, members in tables.items():
         if members:
             # The file of the heads is named after what it holds, as that of the embeddings is.

@@ -27,6 +27,7 @@ from omni_ray.models.mtp import MultiTokenPrediction
 from omni_ray.models.packed_attention import packed_layout
 from omni_ray.models.recompute import RecomputeMode, layer_runner
 from omni_ray.models.rope import Turn, rope_tables
+from omni_ray.models.tensor_files import SHARD_BYTES
 from omni_ray.types.batch import AUDIO_PAD
 
 
@@ -256,7 +257,7 @@ class LanguageModel(nn.Module):
         weights.load_language(model, config, Path(folder))
         return model
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = weights.SHARD_BYTES) -> None:
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
         """Write ``config.json`` and safetensors in the released layout, with an index when sharded."""
         config = self.config.model_copy(update={"rope_theta": float(self.rope_base)})
         weights.save_language(self, config, Path(folder), max_shard_bytes)

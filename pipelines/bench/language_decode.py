@@ -21,6 +21,7 @@ from omni_ray.inference.requests import GenerationRequest
 from omni_ray.inference.rows import Vocabulary
 from omni_ray.models import weights
 from omni_ray.models.llm import LanguageModel
+from omni_ray.models.tensor_files import SafetensorsFolder
 from omni_ray.types.errors import OmniError
 from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured
 
@@ -193,7 +194,7 @@ def _reference(model: LanguageModel, config: LanguageConfig) -> Any:
             transformers.AutoConfig.from_pretrained(folder), attn_implementation="eager"
         )
         # Their loader refuses released folders with zero experts, so the tensors are placed by name.
-        held, source = theirs.state_dict(), weights.SafetensorsFolder(folder)
+        held, source = theirs.state_dict(), SafetensorsFolder(folder)
         for part in weights.language_parts(config):
             into = held[part.name] if part.name in held else part.view(held[part.held])
             into.copy_(source[part.name])

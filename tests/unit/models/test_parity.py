@@ -14,6 +14,7 @@ from torch import Tensor
 from omni_ray.config.model import LanguageConfig
 from omni_ray.models import weights
 from omni_ray.models.llm import LanguageModel
+from omni_ray.models.tensor_files import SafetensorsFolder
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +56,7 @@ def theirs_from(folder: Path, config: LanguageConfig) -> Any:
     model = transformers.LongcatFlashForCausalLM._from_config(
         transformers.AutoConfig.from_pretrained(folder), attn_implementation="eager"
     )
-    held, source = model.state_dict(), weights.SafetensorsFolder(folder)
+    held, source = model.state_dict(), SafetensorsFolder(folder)
     for part in weights.language_parts(config):
         into = held[part.name] if part.name in held else part.view(held[part.held])
         into.copy_(source[part.name])

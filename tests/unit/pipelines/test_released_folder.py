@@ -20,6 +20,7 @@ from omni_ray.models import released, weights
 from omni_ray.models.audio_encoder import AudioEncoder
 from omni_ray.models.kaldi_stats import read_cmvn, write_cmvn
 from omni_ray.models.llm import LanguageModel
+from omni_ray.models.tensor_files import write_safetensors
 from omni_ray.models.vision_encoder import VisionEncoder
 from omni_ray.types.errors import CheckpointError
 from pipelines.cli_checkpoint import inspect
@@ -70,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(table, root / "audio" / f"{stem}.pt")
     tensors["model.mtp.norm.weight"] = torch.randn(32).bfloat16()
     tensors["model.mtp.layers.0.eh_proj.weight"] = torch.randn(32, 64).bfloat16()
-    weights.write_safetensors(root, tensors, 20_000)
+    write_safetensors(root, tensors, 20_000)
     torch.save({"word_embeddings.weight": tensors["model.embed_tokens.weight"]}, root / "language_model_embedding.pt")
     raw = weights.published_config(LANGUAGE, "bfloat16")
     for ours in ("num_codebooks", "codec_vocab_size", "target_ffn_experts", "mtp_layers"):
@@ -292,7 +293,7 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
         shapes = weights.published_tensors(LanguageModel(config), config)
     tensors = {n: torch.ones(t.shape) for n, t in shapes.items()}
     folder = tmp_path / "big"
-    weights.write_safetensors(folder, tensors)
+    write_safetensors(folder, tensors)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(weights.published_config(config)))
     run = [sys.executable, "-c", LOADER, str(folder), str(tmp_path / "small")]
