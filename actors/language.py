@@ -177,7 +177,7 @@ class LanguageWorker(NetworkWorker):
 
 
 def fill_speech(batch: OmniBatch, context: StepContext, codes: Sequence[EmbeddingBatch]) -> OmniBatch:
-    """Write codec ids into the rows that the plan keeps for them (delay of one, models.md section 3.1)."""
+    """Write codec ids into the rows that the plan keeps for them (delay of one, networks.md section 3.1)."""
     routes = {item.id: item for item in context.items}
     ids_T5, labels_T5 = batch.ids_T5.clone(), batch.labels_T5.clone()
     for part in codes:

@@ -1,4 +1,4 @@
-"""Longest-processing-time dispatch: BalanceData of models.md section 7."""
+"""Longest-processing-time dispatch: BalanceData of networks.md section 7."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def assign(costs: Sequence[float], ranks: int) -> list[int]:
         costs: Cost per item.  ranks: How many ranks share them, at least 1.
     Returns:
         One rank per item, in item order.
-    Source: LongCat-Flash-Omni report, BalanceData; the rule itself is models.md section 7 [A].
+    Source: LongCat-Flash-Omni report, BalanceData; the rule itself is networks.md section 7 [A].
     """
     heap = [(0.0, rank) for rank in range(ranks)]
     chosen = [0] * len(costs)

@@ -6,7 +6,7 @@ known offset.  A micro-batch then selects its items' parts and sorts them into t
 back.  Where each row lies follows from the lists alone, so every rank computes it and nothing but rows travels.
 
 Memory on inner rank 0: all rows times H at once without chunks, a ``num_chunks``-th of that with them; the store itself
-is rows times H / cp at the end.  Source: LongCat-Flash-Omni report, ModalityBridge and Figure 9; models.md section 7.
+is rows times H / cp at the end.  Source: LongCat-Flash-Omni report, ModalityBridge and Figure 9; networks.md section 7.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sizes of the networks. Published key names where a published file has them (models.md sections 1 to 4)."""
+"""Sizes of the networks. Published key names where a published file has them (networks.md sections 1 to 4)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class LanguageConfig(Checked):
 
 
 class VisionConfig(Checked):
-    """LongCat-ViT and its projector (models.md section 1)."""
+    """LongCat-ViT and its projector (networks.md section 1)."""
 
     patch_size: PositiveInt = 14
     temporal_patch_size: PositiveInt = 2
@@ -141,7 +141,7 @@ class VisionConfig(Checked):
 
 
 class AudioConfig(Checked):
-    """Streaming FSMN audio encoder and its projector (models.md section 2)."""
+    """Streaming FSMN audio encoder and its projector (networks.md section 2)."""
 
     sample_rate_hz: PositiveInt = 16000
     num_mels: PositiveInt = 80
@@ -209,7 +209,7 @@ class AudioConfig(Checked):
 
 
 class CodecConfig(Checked):
-    """Four-codebook audio codec (models.md section 3)."""
+    """Four-codebook audio codec (networks.md section 3)."""
 
     sample_rate_hz: PositiveInt = 16000
     output_rate_hz: PositiveInt = 24000

@@ -1,4 +1,4 @@
-"""The networks of each size name: the columns of models.md; ``flash-omni`` is what the settings' own defaults say."""
+"""The networks of each size name: the columns of networks.md; ``flash-omni`` is what the settings' own defaults say."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Wave = NDArray[np.float32]
 """Mono samples in -1..1."""
 
 MAX_SOUND_S = 120.0
-"""Longest sound that is taken as one item (source: models.md section 5)."""
+"""Longest sound that is taken as one item (source: networks.md section 5)."""
 _MIN_RATE, _MAX_RATE = 4_000, 384_000
 _MAX_KERNEL = 4_000_000
 _STREAMED_BYTES = 0x7FFF_0000

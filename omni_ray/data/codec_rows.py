@@ -1,4 +1,4 @@
-"""Codec frames to rows of the language sequence and back: four streams, acoustic ones one row late (models.md 3.1)."""
+"""Codec frames to language rows and back: four streams, acoustic ones one row late (networks.md 3.1)."""
 
 from __future__ import annotations
 

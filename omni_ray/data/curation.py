@@ -3,7 +3,7 @@
 Speech: voice activity cuts, two recognisers must agree, words are aligned, lengths that are out of the ordinary fall
 out, neighbours with short gaps are joined. Film: scenes are cut where the colours jump, and clustered.
 
-Source: models.md section 5, the segment pipeline of speech-text interleaving.
+Source: networks.md section 5, the segment pipeline of speech-text interleaving.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Picture bytes to normalised patch rows at native resolution (models.md section 1)."""
+"""Picture bytes to normalised patch rows at native resolution (networks.md section 1)."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def fit_size(height: int, width: int, config: VisionConfig, max_patches: int | N
     big) or raised (too small). Sides below the multiple are enlarged first. A picture so slender that one side would
     vanish keeps the multiple there and is shortened instead.
 
-    Source: models.md section 1, native resolution.
+    Source: networks.md section 1, native resolution.
     """
     unit, patch = config.side_multiple, config.patch_size
     most, least = min(config.max_patches, max_patches or config.max_patches), config.min_patches

@@ -19,7 +19,7 @@ from omni_ray.types.modality import Modality
 from omni_ray.types.sample import EncodedSample, Sample
 
 _ROW_S = {Modality.AUDIO: 0.08, Modality.SPEECH: 0.06}
-"""Seconds a row of sound lasts (models.md sections 2 and 3)."""
+"""Seconds a row of sound lasts (networks.md sections 2 and 3)."""
 EDGES: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Lower ends of the bins of a length histogram, in rows a sample; the last is open."""
 SECONDS: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 600.0)

@@ -18,7 +18,7 @@ from omni_ray.data.last_read import LastRead
 from omni_ray.types.errors import MediaError
 
 DEFAULT_FPS, MOST_FPS, LEAST_FRAMES = 2.0, 4.0, 16
-"""Sampling: 2 frames a second, up to 4 where that gives fewer than 16 (source: models.md section 1)."""
+"""Sampling: 2 frames a second, up to 4 where that gives fewer than 16 (source: networks.md section 1)."""
 MAX_SOURCE_FRAMES, MAX_VIDEO_S = 250_000, 3600.0
 """Longer films are refused, from their header where it tells."""
 _SEEK_FRAMES = 256
@@ -144,7 +144,7 @@ def choose_frames(count: int, fps: float, most: int) -> tuple[int, ...]:
     The clip is cut into duration * 2 FPS segments; where that gives fewer than 16, the rate rises up to 4 FPS; never
     more than ``most`` and never more than there are. A clip of at most 16 frames is looked at whole.
 
-    Source: models.md section 1, video.
+    Source: networks.md section 1, video.
     """
     if count <= min(LEAST_FRAMES, most):
         return tuple(range(count))

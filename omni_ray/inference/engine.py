@@ -1,7 +1,7 @@
 """The engine: sessions over the latent cache; prompt pieces and decoded rows of all of them share one forward.
 
 An answer depends on its session's rows and its options alone, bit for bit in fp32 on CPU: not on who shares a step, nor
-on how the prompt was cut, nor on whether it was cropped and fed again (docs/decisions, decode-row-bits).
+on how the prompt was cut, nor on whether it was cropped and fed again (docs/decisions, 0012).
 """
 
 # T prompt rows, B answers in progress, S spans of a forward, H model dim

@@ -1,7 +1,7 @@
 """The language model's weights laid out for few rows: inputs first, norm gains folded in.
 
 A product ``x [T, K] @ w [K, N]`` with the weight stored inputs first gives each row the same bits for every row count
-from 2 on (docs/decisions, decode-row-bits); torch's own layout needs multiples of 16 rows and is slower for few.
+from 2 on (docs/decisions, 0012); torch's own layout needs multiples of 16 rows and is slower for few.
 """
 
 # T rows, H model dim, h heads, n nope dim, C latent rank, e value dim, N FFN experts, F inner dim, V vocabulary

@@ -2,7 +2,7 @@
 
 An answer in text is rows of a text id and codec PADs, ending with the end token.  An answer in speech is one or more
 segments; in a segment of N frames (N + 1 rows) the text column holds the words, then ``</pause>`` or the end token,
-then text-pads, and the acoustic ids come one row after their semantic id (models.md section 3.1).
+then text-pads, and the acoustic ids come one row after their semantic id (networks.md section 3.1).
 """
 
 # B answers in progress, V ids of a head, W frames looked back upon

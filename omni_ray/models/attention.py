@@ -24,7 +24,7 @@ Attend = Callable[[int, "LatentAttention", Tensor], Tensor]
 class LatentAttention(nn.Module):
     """MLA: low-rank queries, one compressed key/value latent per token, rotary key shared by all heads.
 
-    Source: models.md section 4.  ``qkv_a_proj`` holds ``q_a_proj`` and ``kv_a_proj_with_mqa`` as one matrix (split on
+    Source: networks.md section 4.  ``qkv_a_proj`` holds ``q_a_proj`` and ``kv_a_proj_with_mqa`` as one matrix (split on
     disk); the low-rank scales and the score scale are folded into the norms.
     """
 

@@ -2,7 +2,7 @@
 
 Legend: B clips, N codec frames (60 ms), D input width (semantic embedding + latents), C channels of a stage, T samples
 of a stage, S output samples.
-Source: LongCat-Audio-Codec report, streaming decoder; models.md section 3.
+Source: LongCat-Audio-Codec report, streaming decoder; networks.md section 3.
 """
 
 from __future__ import annotations

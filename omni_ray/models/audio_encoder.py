@@ -1,4 +1,4 @@
-"""Streaming FSMN audio encoder and its projector: a waveform becomes language rows of 80 ms (models.md section 2)."""
+"""Streaming FSMN audio encoder and its projector: a waveform becomes language rows of 80 ms (networks.md section 2)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Legend: B clips, F fbank frames (10 ms), C mel bins, D semantic width, N codec frames (60 ms), K centres, S samples,
 Z latent width.
-Source: LongCat-Audio-Codec report, semantic and acoustic encoders; models.md section 3.
+Source: LongCat-Audio-Codec report, semantic and acoustic encoders; networks.md section 3.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from omni_ray.models.moe import MoE, Routing
 class ShortcutLayer(nn.Module):
     """ScMoE layer; the mixture reads the first sub-layer's normed state and joins at the very end.
 
-    Source: models.md section 4, layer.
+    Source: networks.md section 4, layer.
     """
 
     def __init__(self, config: LanguageConfig) -> None:

@@ -2,7 +2,7 @@
 
 Column 0 of the codes is semantic (which sounds), columns 1..3 are acoustic (how they sound); an acoustic id is
 ``ia * group_codes + ib``.  Fewer acoustic columns decode to a coarser sound.
-Source: LongCat-Audio-Codec report; models.md section 3.
+Source: LongCat-Audio-Codec report; networks.md section 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameters of every network from its settings alone, on the meta device (models.md, size tables)."""
+"""Parameters of every network from its settings alone, on the meta device (networks.md, size tables)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LanguageCount:
 def count_language(config: LanguageConfig) -> LanguageCount:
     """Count one backbone without taking memory for it.
 
-    Source: models.md section 4: active(k) = L (f + k e) + H + V H.
+    Source: networks.md section 4: active(k) = L (f + k e) + H + V H.
     """
     with torch.device("meta"):
         model = LanguageModel(config)

@@ -1,4 +1,4 @@
-"""Log-mel front end of the audio encoder and of the codec's semantic branch (models.md section 2)."""
+"""Log-mel front end of the audio encoder and of the codec's semantic branch (networks.md section 2)."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def spec_augment(
     Returns:
         [T, M], same dtype.
 
-    Source: models.md section 2, SpecAugment with 2 frequency (10 %) and 2 time (5 %) masks.
+    Source: networks.md section 2, SpecAugment with 2 frequency (10 %) and 2 time (5 %) masks.
     """
     frames, mels = features_TM.shape
     masked_TM = features_TM.clone()

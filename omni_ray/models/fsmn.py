@@ -1,4 +1,4 @@
-"""Deep-FSMN layers: a learnt sliding memory in place of self-attention, with exact streaming (models.md section 2)."""
+"""Deep-FSMN layers: a learnt sliding memory in place of self-attention, with exact streaming (networks.md 2)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def initialise_language(model: nn.Module, config: LanguageConfig, seed: int) -> 
 
     Matrices are normal with ``max(initializer_range, 1/sqrt(fan_in))``: the published range of 0.02 is about
     1/sqrt(6144) at full width, and a narrow model with 0.02 would start almost dead.  The up-projections of MLA take
-    1/sqrt(hidden): with the low-rank scales their outputs then have unit variance (variance alignment, models.md 4).
+    1/sqrt(hidden): with the low-rank scales their outputs then have unit variance (variance alignment, networks.md 4).
     What writes into the residual stream is divided by sqrt(2 * sub-layers).
     """
     generator = torch.Generator().manual_seed(seed)

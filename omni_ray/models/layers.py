@@ -60,7 +60,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> T
         gain: Constant factor; MLA's low-rank scale.
     Returns:
         Shape and dtype of ``x_TH``.
-    Source: RMSNorm; models.md section 4 for the gain.
+    Source: RMSNorm; networks.md section 4 for the gain.
     """
     if torch.is_grad_enabled():
         out: Tensor = _RmsNorm.apply(x_TH, weight_H, eps, gain)

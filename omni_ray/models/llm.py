@@ -59,7 +59,7 @@ class Backbone(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """LongCat-Flash with four codec tables in and four codec heads out (models.md sections 3.1 and 4).
+    """LongCat-Flash with four codec tables in and four codec heads out (networks.md sections 3.1 and 4).
 
     Joint matrices (gate+up, q_a+kv_a, experts) are held fused and split on disk; see ``models/weights.py``.
     """
@@ -91,7 +91,7 @@ class LanguageModel(nn.Module):
             ids_R5: [R, 5] int64; text-pad and codec PAD add nothing, a row of only pads is the text-pad embedding.
         Returns:
             [R, H].
-        Source: models.md section 3.1, input embedding.
+        Source: networks.md section 3.1, input embedding.
         """
         text_R, codes_R4 = ids_R5[:, 0], ids_R5[:, 1 : 1 + self.config.num_codebooks]
         rows_RH: Tensor = self.model.embed_tokens(text_R)
@@ -232,7 +232,7 @@ class LanguageModel(nn.Module):
         Args:
             expert_counts_LE: [layers, N + Z] assignments of the whole step, all ranks summed.
             rate: mu, usually 1e-3.
-        Source: models.md section 4, bias controller: db_i = mu (K_e/(K N) - T_i/(K T_all)), FFN experts only.
+        Source: networks.md section 4, bias controller: db_i = mu (K_e/(K N) - T_i/(K T_all)), FFN experts only.
         """
         config = self.config
         ffn, k = config.n_routed_experts, config.moe_topk

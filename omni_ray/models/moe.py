@@ -51,7 +51,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, u_TH: Tensor) -> Routing:
-        """Source: models.md section 4, router."""
+        """Source: networks.md section 4, router."""
         logits_TE = F.linear(u_TH.float(), self.classifier.weight.float())
         scores_TE = logits_TE.softmax(dim=-1)
         with torch.no_grad():
@@ -110,7 +110,7 @@ def balance_loss(routing: Routing, cu_seqlens: Sequence[int], config: LanguageCo
     Args:
         routing: Of this layer.  cu_seqlens: Packing.
         groups: D, groups of FFN experts (expert-parallel ranks); the zero experts are one more group.
-    Source: models.md section 4: sum_j f_j P_j, f_j = D/(K_e T) assignments to j, f_{D+1} = assignments / ((K - K_e) T).
+    Source: networks.md 4: sum_j f_j P_j, f_j = D/(K_e T) assignments to j, f_{D+1} = assignments / ((K - K_e) T).
     """
     ffn, zero = config.n_routed_experts, config.zero_expert_num
     starts, ends = torch.tensor(cu_seqlens[:-1]), torch.tensor(cu_seqlens[1:])

@@ -19,7 +19,7 @@ from omni_ray.models.packed_attention import PackedLayout
 class AheadLayer(nn.Module):
     """``z = W_eh [RMS_e(E(x_{t+1})); RMS_h(h_t)]``, then a pre-norm attention and a dense MLP.
 
-    Source: models.md section 4, MTP head; module names are the published ones.
+    Source: networks.md section 4, MTP head; module names are the published ones.
     """
 
     def __init__(self, config: LanguageConfig) -> None:

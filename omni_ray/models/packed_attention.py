@@ -256,7 +256,7 @@ def packed_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: in
         layout: Of this packing.
     Returns:
         [T, h, e].
-    Source: models.md section 4, MLA: softmax((q_n k_n + q_r k_r) / sqrt(dn + dr)) v.
+    Source: networks.md section 4, MLA: softmax((q_n k_n + q_r k_r) / sqrt(dn + dr)) v.
     """
     if q_Thd.is_cuda:
         return fused_attention(q_Thd, kv_Thne, k_rope_TR, nope, layout)

@@ -1,4 +1,4 @@
-"""Vision projector: joins neighbouring patches and maps them into the language width (models.md section 1)."""
+"""Vision projector: joins neighbouring patches and maps them into the language width (networks.md section 1)."""
 
 from __future__ import annotations
 

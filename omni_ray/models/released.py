@@ -1,4 +1,4 @@
-"""The released omni side files: names and settings of the encoders as published, both ways (models.md section 4).
+"""The released omni side files: names and settings of the encoders as published, both ways (networks.md section 4).
 
 ``.pt`` files are read with weights-only loading, mapped into memory where their form allows it; nothing else in the
 package unpickles a file.

@@ -17,7 +17,7 @@ def rope_tables(positions_T: Tensor, dim: int, base: float) -> tuple[Tensor, Ten
         base: theta; the curriculum raises it per stage.
     Returns:
         cos, sin: [T, R/2].
-    Source: models.md section 4: pair i of (2i, 2i+1) turns by position * base^(-2i/R).
+    Source: networks.md section 4: pair i of (2i, 2i+1) turns by position * base^(-2i/R).
     """
     exponent_P = torch.arange(0, dim, 2, dtype=torch.float32, device=positions_T.device) / dim
     angle_TP = positions_T.float().unsqueeze(-1) * (1.0 / (base**exponent_P))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 REPETITION_PENALTY = 1.1
 REPETITION_FRAMES = 30
-"""Codec ids of the last 30 frames are made less likely by 1.1 (models.md section 3.1)."""
+"""Codec ids of the last 30 frames are made less likely by 1.1 (networks.md section 3.1)."""
 
 
 def allowed_mask(size: int, allowed: range | list[int] | tuple[int, ...], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""LongCat-ViT: a native-resolution vision transformer and its projector (models.md section 1)."""
+"""LongCat-ViT: a native-resolution vision transformer and its projector (networks.md section 1)."""
 
 from __future__ import annotations
 

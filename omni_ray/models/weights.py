@@ -46,7 +46,7 @@ def _expert(index: int, start: int, end: int) -> Callable[[Tensor], Tensor]:
 
 
 def language_parts(config: LanguageConfig) -> Iterator[Part]:
-    """Every published tensor of a language model, in file order (models.md section 4, checkpoint keys)."""
+    """Every published tensor of a language model, in file order (networks.md section 4, checkpoint keys)."""
 
     def whole(name: str) -> Part:
         return Part(name=name, held=name, view=_whole)

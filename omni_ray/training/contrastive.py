@@ -1,4 +1,4 @@
-"""Contrastive pretraining of the vision encoder: text tower, heads and losses (models.md section 1, pretraining)."""
+"""Contrastive pretraining of the vision encoder: text tower, heads and losses (networks.md section 1, pretraining)."""
 
 from __future__ import annotations
 

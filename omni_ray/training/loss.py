@@ -1,4 +1,4 @@
-"""The objective: sums divided by the step's global counts, never means of means (models.md section 6)."""
+"""The objective: sums divided by the step's global counts, never means of means (networks.md section 6)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def term_scales(weights: LossWeights, counts: Mapping[str, int]) -> dict[str, fl
     """Factor of one row's cross-entropy, by term: weight over the global count of the step.
 
     Pad-text rows join the audio_text mean with weight ``pad_text``; the audio term is the mean over four heads, and
-    head 0 carries the first_audio term on top.  Source: report Stage 1 objective; reductions models.md section 6 [A].
+    head 0 carries the first_audio term on top.  Source: report Stage 1 objective; reductions networks.md section 6 [A].
     """
     pad = weights.pad_text
     audio_text = counts.get("audio_text", 0) + pad * counts.get("pad_text", 0)
@@ -103,7 +103,7 @@ def ahead_objective(
     Returns:
         The scalar loss, divided by the counts of the terms as they are: the first label of a sequence has no row
         that predicts it this way.  Zero without a head.
-    Source: models.md section 4, MTP head.
+    Source: networks.md section 4, MTP head.
     """
     if ahead_TD is None or not weight:
         return 0.0

@@ -1,4 +1,4 @@
-"""A small convolutional teacher for the vision encoder's feature distillation (models.md section 1, pretraining).
+"""A small convolutional teacher for the vision encoder's feature distillation (networks.md section 1, pretraining).
 
 The report distils from a frozen pretrained vision model. The tiny world has none of its own, so a convolutional
 classifier is trained first, on the same pictures: convolutions find strokes with far fewer examples than attention.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # plans and routes are read by processes that have no use for
 IGNORE = -100
 """Label of a row that carries no loss."""
 AUDIO_EOS = 2
-"""Stored codec id that ends a speech segment (models.md 3.1)."""
+"""Stored codec id that ends a speech segment (networks.md 3.1)."""
 AUDIO_PAD = 3
 """Stored codec id of a row without a codec frame."""
 AUDIO_RESERVED = 32
@@ -25,7 +25,7 @@ NUM_CODEBOOKS = 4
 
 
 class LossKind(IntEnum):
-    """Which term of the objective the text head's loss at a row belongs to (models.md section 6)."""
+    """Which term of the objective the text head's loss at a row belongs to (networks.md section 6)."""
 
     NONE = 0
     TEXT = 1
@@ -56,7 +56,7 @@ class ItemRoute:
     length: int
     """Rows."""
     tile: int
-    """Items with the same tile run as one fixed batch (architecture.md section 3, ordered reduction)."""
+    """Items with the same tile run as one fixed batch (docs/decisions, 0004)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ class EmbeddingBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OmniBatch:
-    """A packed micro-batch; column 0 text, 1..4 codec (models.md section 3.1)."""
+    """A packed micro-batch; column 0 text, 1..4 codec (networks.md section 3.1)."""
 
     ids_T5: Tensor
     """[T, 5] int64."""

@@ -51,7 +51,7 @@ class MediaSpan:
     offset: int
     """First row inside the sample."""
     length: int
-    """Rows: visual tokens, audio features, or codec frames + 1 (delay of one, models.md 3.1)."""
+    """Rows: visual tokens, audio features, or codec frames + 1 (delay of one, networks.md 3.1)."""
     cost: float
     """Patches (vision) or frames (audio, speech): the unit of balancing."""
     grid: tuple[int, int, int] = (0, 0, 0)

@@ -3,7 +3,7 @@
 A sequence of 8,192 tokens is cut over CP ranks, so a rank holds 8192 / CP tokens; the EP ranks of a group exchange
 them, and each receives as many (token, expert) pairs as its own tokens chose: 8192 / CP * K_e, over N / EP experts.
 The pairs of the report's Figure 10 are not given in its text; here EP is 8 and CP 1, 2, 4, 8, as in its mesh of 8.
-Source: models.md section 7, Figure 10: efficiency rises when CP shrinks.
+Source: networks.md section 7, Figure 10: efficiency rises when CP shrinks.
 """
 
 from __future__ import annotations

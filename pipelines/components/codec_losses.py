@@ -1,7 +1,7 @@
 """Spectral losses of the codec: log-mel and STFT magnitude at several resolutions.
 
 Legend: B clips, S samples, W window, T frames, F frequency bins, M mel bins.
-Source: models.md section 3 (multi-scale mel after DAC); multi-resolution STFT after Parallel WaveGAN.
+Source: networks.md section 3 (multi-scale mel after DAC); multi-resolution STFT after Parallel WaveGAN.
 """
 
 from __future__ import annotations

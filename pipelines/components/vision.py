@@ -39,7 +39,7 @@ DEFAULT_STEPS = 4500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionRecipe:
-    """How the tiny encoder is pretrained; the reasons are in models.md section 1 and the card's figures."""
+    """How the tiny encoder is pretrained; the reasons are in networks.md section 1 and the card's figures."""
 
     steps: int = DEFAULT_STEPS
     """Optimiser steps of all stages."""

@@ -23,7 +23,7 @@ def text_samples(world: World, rng: np.random.Generator, count: int) -> Iterator
     """Text of stage 0: what the questions mean before anything is seen or heard.
 
     Texts stand where pictures will stand, and between the audio marks where sounds will; so a frozen language model
-    already says what a later sound asks for (tiny-recipe.md section 5).
+    already says what a later sound asks for.
     """
     makers: dict[str, Callable[[World, np.random.Generator], Draft]] = {
         "text": _statement,

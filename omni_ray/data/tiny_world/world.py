@@ -134,7 +134,7 @@ def voice(words: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """A spoken answer, each word a segment of its own: (message, word by member name ``{name}-{place}.flac``).
 
     A small model that speaks a phrase as one segment learns the sound of each pair of words as a whole; a segment a
-    word ties every sound to the text beside it (models.md section 3.1, segments joined by a pause).
+    word ties every sound to the text beside it (networks.md section 3.1, segments joined by a pause).
     """
     said = {f"{name}-{place}.flac": word for place, word in enumerate(words.split())}
     parts = [

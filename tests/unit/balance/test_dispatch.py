@@ -11,7 +11,7 @@ COSTS = st.lists(st.floats(0.1, 100.0), max_size=60)
 
 
 def test_figure_9_of_the_report() -> None:
-    """models.md section 7: token sizes that give the report's balanced ranks with the rule."""
+    """networks.md section 7: token sizes that give the report's balanced ranks with the rule."""
     ranks = assign([8, 1, 3, 4, 4, 4, 12, 15], 4)
     assert [[i for i, r in enumerate(ranks) if r == rank] for rank in range(4)] == [[7], [6], [0, 5], [1, 2, 3, 4]]
 

@@ -21,7 +21,7 @@ from omni_ray.bridge.redistribute import (
 from omni_ray.types.errors import PlanError
 
 FIGURE_9 = {0: 8, 1: 1, 2: 3, 3: 4, 4: 4, 5: 4, 6: 12, 7: 15}
-"""Rows per image that give the figure's balanced ranks (models.md section 7)."""
+"""Rows per image that give the figure's balanced ranks (networks.md section 7)."""
 MICRO_BATCHES = ((0, 1, 2), (3, 4), (5, 6), (7,))
 
 

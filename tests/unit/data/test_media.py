@@ -122,7 +122,7 @@ def test_the_header_tells_the_length(rate: int) -> None:
 
 
 def test_rows_of_sound() -> None:
-    # models.md: T = floor((S - 400) / 160) + 1, rows ceil(T / 8); codec frames ceil(S / 960)
+    # networks.md: T = floor((S - 400) / 160) + 1, rows ceil(T / 8); codec frames ceil(S / 960)
     assert [audio.audio_rows(s, TINY.audio) for s in (400, 559, 1519, 1520, 1680, 16000)] == [1, 1, 1, 1, 2, 13]
     assert [audio.codec_frames(s, TINY.codec) for s in (1, 960, 961, 16000)] == [1, 1, 2, 17]
     with pytest.raises(MediaError, match="399 samples is shorter than one frame of 400"):

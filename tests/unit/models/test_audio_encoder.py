@@ -80,7 +80,7 @@ def slow_layer(layer: torch.nn.Module, x: list[Tensor], left: int, right: int) -
 
 
 def slow_encode(encoder: AudioEncoder, wave: Tensor) -> tuple[Tensor, Tensor]:
-    """models.md section 2 in double precision: language rows and CTC logits."""
+    """networks.md section 2 in double precision: language rows and CTC logits."""
     config, part = encoder.config, encoder.encoder
     weight = {name: value.double() for name, value in encoder.state_dict().items()}
     fbank = encoder.fbank(wave).double()
@@ -320,7 +320,7 @@ def test_samples_that_are_not_finite_are_refused(tiny: AudioEncoder) -> None:
 
 
 def test_flash_omni_row_t_needs_sound_up_to_80_t_plus_575_ms() -> None:
-    """models.md section 2: the window of the last fbank frame that row t depends on ends at 80 t + 575 ms."""
+    """networks.md section 2: the window of the last fbank frame that row t depends on ends at 80 t + 575 ms."""
     config = model_preset("flash-omni").audio
     for t in (0, 1, 40):
         assert 80 * (t + 1) + config.lookahead_ms == 80 * t + 575

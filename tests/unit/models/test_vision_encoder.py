@@ -1,4 +1,4 @@
-"""LongCat-ViT against a slow transcription of models.md section 1, and its folder."""
+"""LongCat-ViT against a slow transcription of networks.md section 1, and its folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def slow_rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def slow_rotate(vector_d: Tensor, row: int, column: int, base: float) -> Tensor:
-    """models.md: angle = concat(h inv_freq, w inv_freq) repeated twice; rotate-half pairing; one head, one patch."""
+    """networks.md: angle = concat(h inv_freq, w inv_freq) repeated twice; rotate-half pairing; one head, one patch."""
     d = len(vector_d)
     inv_freq = torch.tensor([base ** (-2 * i / (d / 2)) for i in range(d // 4)])
     angle = torch.cat([row * inv_freq, column * inv_freq]).repeat(2)
@@ -324,7 +324,7 @@ def test_impossible_settings_are_refused(change: dict[str, int], text: str) -> N
 
 
 def test_odd_frames_and_limits_walk_of_native_resolution() -> None:
-    """models.md section 1: inside the limits only rounding; outside scaled; small sides enlarged first."""
+    """networks.md section 1: inside the limits only rounding; outside scaled; small sides enlarged first."""
     config = VisionConfig()
 
     def patches(height: int, width: int) -> tuple[int, int, int]:

@@ -165,5 +165,5 @@ def test_full_size_counts_parameters_on_meta() -> None:
     with torch.device("meta"):
         model = LanguageModel(config)
     total = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("audio_"))
-    # models.md section 4: 560 665 M.
+    # networks.md section 4: 560 665 M.
     assert round(total / 1e6) == 560_665
