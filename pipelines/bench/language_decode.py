@@ -23,53 +23,12 @@ from omni_ray.models import weights
 from omni_ray.models.llm import LanguageModel
 from omni_ray.models.tensor_files import SafetensorsFolder
 from omni_ray.types.errors import OmniError
+from pipelines.bench.language_configs import LARGE, SMALL
 from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured
 
 PAD, EOS, WORDS_FROM = 3, 2, 16
 PROMPT_ROWS, NEW_TOKENS = 32, 128
 STREAMS = 16
-_COMMON: dict[str, Any] = {
-    "num_attention_heads": 8,
-    "num_codebooks": 0,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 2048,
-}
-SMALL = LanguageConfig(
-    hidden_size=256,
-    num_layers=2,
-    q_lora_rank=96,
-    kv_lora_rank=64,
-    qk_rope_head_dim=16,
-    qk_nope_head_dim=32,
-    v_head_dim=32,
-    ffn_hidden_size=512,
-    expert_ffn_hidden_size=128,
-    n_routed_experts=32,
-    zero_expert_num=16,
-    moe_topk=4,
-    target_ffn_experts=2.7,
-    vocab_size=4096,
-    **_COMMON,
-)
-"""Config S of the targets."""
-LARGE = LanguageConfig(
-    hidden_size=512,
-    num_layers=4,
-    q_lora_rank=192,
-    kv_lora_rank=128,
-    qk_rope_head_dim=32,
-    qk_nope_head_dim=64,
-    v_head_dim=64,
-    ffn_hidden_size=1024,
-    expert_ffn_hidden_size=256,
-    n_routed_experts=64,
-    zero_expert_num=32,
-    moe_topk=6,
-    target_ffn_experts=4.0,
-    vocab_size=8192,
-    **_COMMON,
-)
-"""Config L of the targets."""
 
 
 def run(*, quick: bool = False, seed: int = 0) -> BenchReport:

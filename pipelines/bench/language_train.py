@@ -26,46 +26,10 @@ from omni_ray.models.recompute import RecomputeMode
 from omni_ray.models.weights import published_config
 from omni_ray.training.memory import keep_freed_memory
 from omni_ray.types.errors import OmniError
+from pipelines.bench.language_configs import LARGE, SMALL
 from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured
 from pipelines.live_bytes import LiveBytes
 
-COMMON: dict[str, Any] = {"num_attention_heads": 8, "num_codebooks": 0, "rope_theta": 1e4, "routed_scaling_factor": 2.5}
-SMALL = LanguageConfig(
-    hidden_size=256,
-    num_layers=2,
-    q_lora_rank=96,
-    kv_lora_rank=64,
-    qk_rope_head_dim=16,
-    qk_nope_head_dim=32,
-    v_head_dim=32,
-    ffn_hidden_size=512,
-    expert_ffn_hidden_size=128,
-    n_routed_experts=32,
-    zero_expert_num=16,
-    moe_topk=4,
-    target_ffn_experts=2.7,
-    vocab_size=4096,
-    max_position_embeddings=4096,
-    **COMMON,
-)
-LARGE = LanguageConfig(
-    hidden_size=512,
-    num_layers=4,
-    q_lora_rank=192,
-    kv_lora_rank=128,
-    qk_rope_head_dim=32,
-    qk_nope_head_dim=64,
-    v_head_dim=64,
-    ffn_hidden_size=1024,
-    expert_ffn_hidden_size=256,
-    n_routed_experts=64,
-    zero_expert_num=32,
-    moe_topk=6,
-    target_ffn_experts=4.0,
-    vocab_size=8192,
-    max_position_embeddings=4096,
-    **COMMON,
-)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {("small", "fp32"): 1.7, ("small", "bf16"): 1.8, ("large", "fp32"): 6.5, ("large", "bf16"): 6.0}
 PEAK_GOALS = {"fp32": 0.6, "bf16": 0.5}
