@@ -82,7 +82,10 @@ class Browser:
     async def until(self, script: str, timeout_s: float = 120.0) -> None:
         end = time.monotonic() + timeout_s
         while not await self.run(script):
-            assert time.monotonic() < end, f"never true: {script}"
+            if time.monotonic() > end:
+                raise AssertionError(
+                    f"never true: {script}; the page says {await self.run('document.body.innerText')!r}"
+                )
             await asyncio.sleep(0.05)
 
     async def resize(self, width: int, height: int) -> None:

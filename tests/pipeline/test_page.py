@@ -19,7 +19,8 @@ from local_server import Server, running
 from omni_ray.config.load import load_recipe, save_recipe
 
 pytestmark = [
-    pytest.mark.slow,
+    # Sound is heard and answered in real time here, so these need a machine with nothing else to do.
+    pytest.mark.full,
     pytest.mark.skipif(NAME is None, reason="Chromium is not installed (Debian: apt-get install chromium)"),
     # Raised by ray.serve's own settings classes when the gateway imports them.
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
