@@ -147,7 +147,7 @@ def test_inspect_counts(world: Path) -> None:
     assert told["audio_human"]["rows"]["audio"] == 2 * 6
     assert told["audio_human"]["media_s"] == {"audio": 1.0, "speech": 0.0}
     assert all(not source["bad"] for source in told.values())
-    with pytest.raises(DataError, match="holds no other shards"):
+    with pytest.raises(DataError, match="holds no other samples"):
         inspect(world, Tokenizer.load(world / "tokenizer.json"), MODEL, split="other")
 
 
