@@ -150,7 +150,9 @@ class TurnRows:
 
     def see(self, chunk: int, block: Block) -> None:
         """A frame pair of second ``chunk`` of the turn; a pair whose second is past goes before the next sound."""
-        self._pairs.setdefault(max(chunk, self._chunk), []).append(block)
+        # Inside a second whose sound has begun, the next sound that a pair can stand before is the next second's.
+        next_chunk = self._chunk + (self._in_chunk > 0)
+        self._pairs.setdefault(max(chunk, next_chunk), []).append(block)
         self.paired = True
 
     def hear(self, values_ND: NDArray[np.float32], final: bool = False) -> list[Block]:
