@@ -19,8 +19,7 @@ from local_server import Server, running
 from omni_ray.config.load import load_recipe, save_recipe
 
 pytestmark = [
-    # Sound is heard and answered in real time here, so these need a machine with nothing else to do.
-    pytest.mark.full,
+    pytest.mark.slow,
     pytest.mark.skipif(NAME is None, reason="Chromium is not installed (Debian: apt-get install chromium)"),
     # Raised by ray.serve's own settings classes when the gateway imports them.
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
