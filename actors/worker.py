@@ -127,7 +127,7 @@ class NetworkWorker:
 
     def gradient_digests(self) -> dict[str, str]:
         """The closed gradient's bits by parameter, for comparison with the reference."""
-        return digests({n: p.grad for n, p in self.network.named_parameters() if p.grad is not None})
+        return digests(self.gradients())
 
     def weight_digests(self) -> dict[str, str]:
         """The weights' bits by parameter and buffer."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from omni_ray.config.load import check_recipe
 from omni_ray.config.model import model_preset
@@ -23,6 +24,8 @@ from omni_ray.models.audio_encoder import AudioEncoder
 from omni_ray.models.codec import Codec
 from omni_ray.models.vision_encoder import VisionEncoder
 
+NETWORKS = ("language", "vision", "audio")
+"""Those that training changes."""
 STAGES: list[dict[str, Any]] = [
     {"name": "S0", "steps": 2, "mixture": {"text": 8}, "trainable": ["language"]},
     {"name": "S1", "steps": 2, "mixture": {"text": 4, "speech": 3}, "trainable": ["language", "audio_heads"]},
@@ -104,6 +107,21 @@ def mini_recipe(base: Path, **changes: Any) -> Recipe:
 
 def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint by network and published name."""
+    found: dict[str, torch.Tensor] = {}
+    for name in NETWORKS:
+        for path in sorted((checkpoint / "model" / name).glob("*.safetensors")):
+            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
+    return found
+
+
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    """Names whose bits are not the same."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 def _user(*parts: Mapping[str, str]) -> dict[str, Any]:

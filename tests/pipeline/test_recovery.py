@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mini_world import STAGES, mini_recipe, write_components, write_world
-from safetensors.torch import load_file
+from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights, write_components, write_world
 
 from omni_ray.checkpoint import store
 from omni_ray.observability.events import EventLog, event_log_to, read_events
@@ -19,7 +18,6 @@ from omni_ray.types.batch import StepPlan
 from pipelines.bench.mortal import mortal_classes, order_death
 from pipelines.training.loop import train
 
-NETWORKS = ("language", "vision", "audio")
 LONG = [STAGES[2] | {"name": "A", "steps": 12}, STAGES[3] | {"name": "B", "steps": 4}]
 
 
@@ -47,19 +45,6 @@ def undisturbed(base: Path) -> dict[str, torch.Tensor]:
     for name in NETWORKS:
         oracle.networks[name].save_pretrained(base / "reference" / "model" / name)
     return weights(base / "reference")
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for name in NETWORKS:
-        for path in sorted((checkpoint / "model" / name).glob("*.safetensors")):
-            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
-    return found
-
-
-def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 @pytest.mark.ray

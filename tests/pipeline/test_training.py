@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from mini_world import STAGES, mini_recipe, write_components, write_world
-from safetensors.torch import load_file
+from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights, write_components, write_world
 from torch import Tensor
 
 from omni_ray.checkpoint import store
@@ -24,8 +23,6 @@ from omni_ray.training.reference import Reference
 from omni_ray.types.batch import StepPlan
 from omni_ray.types.errors import CheckpointError, ResourceError
 from pipelines.training.loop import train
-
-NETWORKS = ("language", "vision", "audio")
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +44,6 @@ def reference(base: Path) -> dict[str, Tensor]:
     for name in NETWORKS:
         oracle.networks[name].save_pretrained(base / "reference" / "model" / name)
     return weights(base / "reference")
-
-
-def weights(checkpoint: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name in NETWORKS:
-        for path in sorted((checkpoint / "model" / name).glob("*.safetensors")):
-            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
-    return found
-
-
-def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mini_world import STAGES, mini_recipe, write_components, write_world
-from safetensors.torch import load_file
+from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights, write_components, write_world
 
 from actors.pool_actor import PoolActor
 from omni_ray.checkpoint import store
@@ -20,7 +19,6 @@ from omni_ray.training.reference import Reference
 from omni_ray.types.errors import CheckpointError
 from pipelines.training.loop import train
 
-NETWORKS = ("language", "vision", "audio")
 STEPS = 6
 BAD_STEP = 3
 
@@ -48,19 +46,6 @@ def reference(base: Path, recipe: Any, folder: Path, without: int = -1) -> dict[
     for name in NETWORKS:
         oracle.networks[name].save_pretrained(folder / "model" / name)
     return weights(folder)
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for name in NETWORKS:
-        for path in sorted((checkpoint / "model" / name).glob("*.safetensors")):
-            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
-    return found
-
-
-def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 @pytest.mark.ray

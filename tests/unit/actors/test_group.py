@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,6 +84,8 @@ def rows_of_rank(rank: int) -> Tensor:
 def test_group_of_three_processes(ray_cluster: None) -> None:
     import ray
 
+    # The class goes to the actors by value: they do not have this folder on their path.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     remote = ray.remote(GroupProbe)
     ranks = [remote.options(num_cpus=0.1).remote() for _ in range(3)]
     address = ray.get(ranks[0].address.remote())

@@ -92,7 +92,6 @@ def test_the_kernel_of_gpus_equals_the_plain_equation_here_too(lengths: list[int
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("lengths", PACKINGS, ids=str)
 def test_attention_on_a_gpu_equals_the_plain_equation(lengths: list[int]) -> None:
     close_to_plain(packed.packed_attention, lengths, 1e-3, device="cuda")
