@@ -22,6 +22,8 @@ from pipelines.serving.realtime.context import Template
 from pipelines.serving.realtime.session import Session
 
 RATE_HZ = 24000
+SHORT = {"type": "realtime", "max_output_tokens": 14}
+"""A session whose answers stay short."""
 RESPONSE_ORDER = (
     "response.created",
     "response.output_item.added",

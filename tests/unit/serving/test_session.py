@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,10 @@ import pytest
 import torch
 from live import (
     RESPONSE_ORDER,
+    SHORT,
     Client,
     Talk,
     generated,
-    local,
     pcm,
     png,
     room,
@@ -28,14 +27,6 @@ from omni_ray.data.chat import answer_text, generation_prompt
 from omni_ray.inference.requests import GenerationRequest
 from pipelines.serving.sound import Format, SoundReader
 from pipelines.serving.stages import Rows
-
-SHORT = {"type": "realtime", "max_output_tokens": 14}
-
-
-@pytest.fixture(scope="module")
-def model_and_stages(tiny_checkpoint: Path) -> Any:
-    torch.set_num_threads(1)
-    return local(tiny_checkpoint)
 
 
 def test_a_spoken_turn_in_the_order_of_the_protocol(model_and_stages: Any) -> None:

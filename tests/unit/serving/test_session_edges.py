@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from live import (
+    SHORT,
     Client,
     Talk,
     generated,
-    local,
     pcm,
     room,
     run,
@@ -22,14 +20,6 @@ from live import (
 
 from pipelines.serving.realtime.client_events import _REQUIRED
 from pipelines.serving.stages import SessionLostError
-
-SHORT = {"type": "realtime", "max_output_tokens": 14}
-
-
-@pytest.fixture(scope="module")
-def model_and_stages(tiny_checkpoint: Path) -> Any:
-    torch.set_num_threads(1)
-    return local(tiny_checkpoint)
 
 
 def test_a_stage_that_lost_the_session_is_given_it_again(model_and_stages: Any) -> None:
