@@ -17,6 +17,8 @@ from omni_ray.config.serving import TurnConfig
 SAMPLE_RATE_HZ = 16000
 """Of every sample count here."""
 _PER_MS = SAMPLE_RATE_HZ // 1000
+_TRAIL = 2 * 512
+"""Samples by which a detector's end of speech lies behind the sound's own, at most: two windows."""
 BREAKPOINTS = frozenset(
     ".!?,;:\N{HORIZONTAL ELLIPSIS}\N{IDEOGRAPHIC FULL STOP}\N{FULLWIDTH COMMA}"
     "\N{IDEOGRAPHIC COMMA}\N{FULLWIDTH EXCLAMATION MARK}\N{FULLWIDTH QUESTION MARK}"
@@ -77,6 +79,8 @@ class Window:
     """First sample."""
     end: int
     """Sample after its last."""
+    loud_end: int | None = None
+    """Sample after its last that rises out of the noise; None: not measured, as good as ``end``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +158,7 @@ def _window(state: TurnState, window: Window, config: TurnConfig) -> tuple[TurnS
         bar = config.threshold - (config.release if state.phase == Phase.LISTEN else 0.0)
         if window.probability < bar:
             return state, ()
-        resumed = replace(state, phase=Phase.LISTEN, speech_end=window.end)
+        resumed = replace(state, phase=Phase.LISTEN, speech_end=max(state.speech_end, _last_speech(window)))
         if state.phase == Phase.SPECULATE:
             return resumed, (Event(sign=Sign.ROLLBACK, at=window.start, speech_end=state.speech_end),)
         return resumed, ()
@@ -171,6 +175,17 @@ def _window(state: TurnState, window: Window, config: TurnConfig) -> tuple[TurnS
         events = (Event(sign=Sign.INTERRUPT, at=window.end), *events)
     begun = replace(state, phase=Phase.LISTEN, onset=None, run=0, turn_start=start, speech_end=window.end)
     return begun, events
+
+
+def _last_speech(window: Window) -> int:
+    """The end of speech in a window of speech: where the sound falls back into the noise.
+
+    A detector remembers, and calls the first windows after a word speech too.  It is believed less by two windows only,
+    so that somebody who speaks into noise as loud as the voice is not cut off.
+    """
+    if window.loud_end is None:
+        return window.end
+    return min(window.end, max(window.loud_end, window.end - _TRAIL))
 
 
 def _deadlines(state: TurnState, until: int, config: TurnConfig) -> tuple[TurnState, tuple[Event, ...]]:

@@ -20,6 +20,12 @@ _CONTEXT = 64
 """Samples before a window that silero looks at again."""
 FLOOR_DBFS = -62.0
 """A window quieter than this is silence whatever a detector says: detectors trail behind the end of a word."""
+SLICE = 64
+"""Samples of the slices in which the end of a sound is looked for: 4 ms."""
+ABOVE_NOISE_DB, BELOW_SPEECH_DB = 6.0, 30.0
+"""A slice that rises above the noise by less, or lies below the loudest speech by more, is no sound of a voice."""
+_SPEECH_FALL_DB = 0.1
+"""A window: the loudest speech is forgotten at 3 dB a second."""
 _NOISE_START_DBFS = -50.0
 _ABOVE_NOISE_DB = 12.0
 _SLOPE_DB = 3.0
@@ -35,6 +41,10 @@ class VadState:
     """Place of the tail's first sample in the stream."""
     memory: Any = None
     """What the detector keeps; None before the first window."""
+    noise_dbfs: float = _NOISE_START_DBFS
+    """Level of the noise so far."""
+    speech_dbfs: float = -120.0
+    """Level of the loudest speech, lately."""
 
 
 class Detector(Protocol):
@@ -61,14 +71,19 @@ class VoiceActivity:
         """
         samples_S = np.concatenate([state.tail_S, chunk_S.astype(np.float32, copy=False)])
         memory, start, windows = state.memory, state.start, []
+        noise, speech = state.noise_dbfs, state.speech_dbfs
         complete = len(samples_S) // WINDOW
         for window_W in samples_S[: complete * WINDOW].reshape(complete, WINDOW):
             probability, memory = self.detector.judge(window_W, memory)
-            if level_dbfs(window_W) < FLOOR_DBFS:
+            level = level_dbfs(window_W)
+            if level < FLOOR_DBFS:
                 probability = 0.0
-            windows.append(Window(probability=probability, start=start, end=start + WINDOW))
+            speech = max(speech - _SPEECH_FALL_DB, level if probability >= 0.5 else -120.0)
+            loud = _loud_samples(window_W, max(FLOOR_DBFS, noise + ABOVE_NOISE_DB, speech - BELOW_SPEECH_DB))
+            windows.append(Window(probability=probability, start=start, end=start + WINDOW, loud_end=start + loud))
+            noise = follow_noise(noise, level, probability)
             start += WINDOW
-        return windows, VadState(samples_S[complete * WINDOW :].copy(), start, memory)
+        return windows, VadState(samples_S[complete * WINDOW :].copy(), start, memory, noise, speech)
 
 
 class SileroDetector:
@@ -103,9 +118,20 @@ class EnergyDetector:
         noise = _NOISE_START_DBFS if memory is None else float(memory)
         level = level_dbfs(window_W)
         probability = 1.0 / (1.0 + float(np.exp(-(level - noise - _ABOVE_NOISE_DB) / _SLOPE_DB)))
-        # Down at once, up by 1.5 dB a second while nobody speaks and slower while somebody does.
-        rise = 0.05 if probability < 0.5 else 0.01
-        return probability, max(-80.0, min(level, noise + rise))
+        return probability, follow_noise(noise, level, probability)
+
+
+def follow_noise(noise_dbfs: float, level_dbfs: float, probability: float) -> float:
+    """The noise after one more window: down at once, up by 1.5 dB a second while nobody speaks and slower in speech."""
+    rise = 0.05 if probability < 0.5 else 0.01
+    return max(-80.0, min(level_dbfs, noise_dbfs + rise))
+
+
+def _loud_samples(window_W: NDArray[np.float32], least_dbfs: float) -> int:
+    """Samples up to the end of the last slice that reaches this level; 0 where none does."""
+    power_N = np.square(window_W.reshape(-1, SLICE), dtype=np.float64).mean(axis=1)
+    loud = np.flatnonzero(power_N >= 10 ** (least_dbfs / 10))
+    return int(loud[-1] + 1) * SLICE if len(loud) else 0
 
 
 def level_dbfs(window_W: NDArray[np.float32]) -> float:
