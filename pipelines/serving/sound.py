@@ -69,6 +69,11 @@ class Resampler:
         last = self._first + len(self._kept) - 1 - self.reach
         return self._make(max(self._next, (last + 1) * self.up // self.down + 2), last)
 
+    @property
+    def arrived(self) -> int:
+        """Outputs for whose time input has come, certain or not."""
+        return self._taken * self.up // self.down
+
     def flush(self) -> Wave:
         """The outputs that remain when the signal ends here: ceil(S * to / from) in all."""
         if self.up == self.down:
@@ -105,6 +110,11 @@ class SoundReader:
         whole = len(raw) - len(raw) % self.form.width
         self._rest = raw[whole:]
         return self._resampler.push(decode(raw[:whole], self.form.kind))
+
+    @property
+    def arrived(self) -> int:
+        """Samples at 16 kHz whose time has come; a few more than were given."""
+        return self._resampler.arrived
 
     def flush(self) -> Wave:
         """What remains; half a sample is dropped."""

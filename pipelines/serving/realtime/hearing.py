@@ -72,7 +72,7 @@ class Ear:
         self._activity = activity
         self.state, self._vad = TurnState(), VadState()
         self.config = config
-        self._reader = SoundReader(form)
+        self._reader, self._reader_start = SoundReader(form), 0
         self.form = form
         self.needed: dict[int, int] = {}
         """First sample of every turn that is still being worked on, by its number."""
@@ -80,22 +80,27 @@ class Ear:
     def configure(self, form: Format, config: TurnConfig | None) -> None:
         """Follow a change of the session's settings."""
         if form != self.form:
-            self._reader, self.form = SoundReader(form), form
+            self._reader, self._reader_start, self.form = SoundReader(form), self.log.end, form
         if (config is None) != (self.config is None):
             # The detector hears a stream without gaps: it begins anew where it was off.
             self.state = TurnState(phase=self.state.phase if config is None else Phase.IDLE, heard=self.log.end)
             self._vad = VadState(start=self.log.end)
         self.config = config
 
-    def push(self, raw: bytes) -> list[Event]:
-        """Append sound; what it means."""
+    def push(self, raw: bytes, answered: bool = False) -> list[Event]:
+        """Append sound; what it means.
+
+        ``answered``: an answer to the turn stands ready. The turn then ends when its silence has arrived, and does not
+        wait for the last samples to leave the resampler: nobody will look at them.
+        """
         wave_S = self._reader.push(raw)
         self.log.push(wave_S)
         self._tidy()
         if self.config is None:
             return []
         windows, self._vad = self._activity.push(wave_S, self._vad)
-        signals: list[Signal] = [*windows, Heard(until=self.log.end)]
+        until = max(self.log.end, self._reader_start + self._reader.arrived) if answered else self.log.end
+        signals: list[Signal] = [*windows, Heard(until=until)]
         return [event for signal in signals for event in self._step(signal)]
 
     def order(self, order: Order) -> list[Event]:

@@ -69,7 +69,7 @@ class Turns:
     def hear(self, raw: bytes) -> None:
         """Sound of the client."""
         before = self.ear.log.end
-        events = self.ear.push(raw)
+        events = self.ear.push(raw, answered=self.attempt is not None)
         if self.settings.detection is None and self.turn is None and self.ear.log.end > before:
             self._begin(max(before, self._committed))
         for event in events:
