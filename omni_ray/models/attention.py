@@ -1,13 +1,11 @@
-"""Multi-head latent attention (MLA): training forward over packed sequences, and the parts that decoding needs."""
+"""Multi-head latent attention (MLA) over packed sequences; decoding has its own form in ``inference/row_forward``."""
 
-# T packed tokens, H model dim, h heads, n nope dim, R rotary dim, e value dim, C latent rank
+# T packed tokens, H model dim, h heads, n nope dim, R rotary dim, C latent rank
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
@@ -16,9 +14,6 @@ from omni_ray.models.packed_attention import PackedLayout, packed_attention
 
 LATENT_NORM_EPS = 1e-6
 """The reference implementation leaves the low-rank norms at this default instead of the config's rms_norm_eps."""
-
-Attend = Callable[[int, "LatentAttention", Tensor], Tensor]
-"""(cache slot, module, normed [T, H]) -> [T, H]: packed training, prefill and decoding differ in nothing else."""
 
 
 class LatentAttention(nn.Module):
@@ -69,19 +64,4 @@ class LatentAttention(nn.Module):
         """The rest of :meth:`forward` after :meth:`project`: [T, H]."""
         kv = self.kv_b_proj(latent_TC).unflatten(-1, (self.heads, self.nope + self.value))
         out: Tensor = self.o_proj(packed_attention(q_Thd, kv, k_rope_TR, self.nope, layout).flatten(1))
-        return out
-
-    def absorb_query(self, q_nope_Bhn: Tensor) -> Tensor:
-        """Queries in latent space, so that a cached latent serves as the key of every head: [B, h, n] -> [B, h, C].
-
-        q_n . (W_k c) = (W_k^T q_n) . c, per head.
-        """
-        up_hnC = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, -1)[:, : self.nope]
-        return torch.bmm(q_nope_Bhn.transpose(0, 1), up_hnC).transpose(0, 1)
-
-    def absorb_value(self, mixed_BhC: Tensor) -> Tensor:
-        """Output of attention-weighted latents: [B, h, C] -> [B, H]; W_v is applied after the mixing."""
-        up_heC = self.kv_b_proj.weight.view(self.heads, self.nope + self.value, -1)[:, self.nope :]
-        value_hBe = torch.bmm(mixed_BhC.transpose(0, 1), up_heC.transpose(1, 2))
-        out: Tensor = self.o_proj(value_hBe.transpose(0, 1).flatten(1))
         return out

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
-from omni_ray.models.attention import Attend, LatentAttention
-from omni_ray.models.grouped_experts import ExpertKernel, grouped_experts
+from omni_ray.models.attention import LatentAttention
 from omni_ray.models.layers import GatedMLP, RMSNorm
 from omni_ray.models.moe import MoE, Routing
+from omni_ray.models.packed_attention import PackedLayout
 
 
 class ShortcutLayer(nn.Module):
@@ -28,20 +26,11 @@ class ShortcutLayer(nn.Module):
         self.post_attention_layernorm = nn.ModuleList([RMSNorm(hidden, eps) for _ in range(2)])
         self.mlp = MoE(config)
 
-    def forward(
-        self, x_TH: Tensor, attend: Attend, slot: int, experts: ExpertKernel = grouped_experts
-    ) -> tuple[Tensor, Routing]:
-        """[T, H] -> [T, H] and the mixture's routing.
-
-        Args:
-            x_TH: Packed rows.
-            attend: How the attentions see other rows.
-            slot: Cache slot of the first attention; the second has the next.
-            experts: How the FFN experts are computed.
-        """
-        h1 = x_TH + attend(slot, cast(LatentAttention, self.self_attn[0]), self.input_layernorm[0](x_TH))
+    def forward(self, x_TH: Tensor, layout: PackedLayout) -> tuple[Tensor, Routing]:
+        """Packed rows [T, H] -> [T, H] and the mixture's routing."""
+        h1 = x_TH + self.self_attn[0](self.input_layernorm[0](x_TH), layout)
         u = self.post_attention_layernorm[0](h1)
-        shortcut, routing = self.mlp(u, experts)
+        shortcut, routing = self.mlp(u)
         h2 = h1 + self.mlps[0](u)
-        h3 = h2 + attend(slot + 1, cast(LatentAttention, self.self_attn[1]), self.input_layernorm[1](h2))
+        h3 = h2 + self.self_attn[1](self.input_layernorm[1](h2), layout)
         return h3 + self.mlps[1](self.post_attention_layernorm[1](h3)) + shortcut, routing

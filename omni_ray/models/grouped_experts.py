@@ -8,21 +8,14 @@ Zero-computation experts never enter: their share of a token is added as ``u * (
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omni_ray.models.layers import ROW_TILE, swiglu_backward, swiglu_forward
+from omni_ray.models.layers import swiglu_backward, swiglu_forward
 from omni_ray.models.recompute import offer
-
-FEW_EXPERTS = 16
-"""Up to so many busy experts are multiplied one by one; the grouped kernel visits idle ones too."""
-
-ExpertKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(u [T, H], weight [T, K], expert [T, K], gate_up [N, 2F, H], down [N, H, F]) -> [T, H]."""
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends_N: Tensor) -> Tensor:
@@ -103,38 +96,4 @@ def grouped_experts(
         [T, H].
     """
     out: Tensor = _GroupedExperts.apply(u_TH, weight_TK, expert_TK, gate_up_NFH, down_NHF)
-    return out
-
-
-@torch.no_grad()
-def tiled_experts(u_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_NFH: Tensor, down_NHF: Tensor) -> Tensor:
-    """:func:`grouped_experts` for inference: every group's row count is rounded up to a multiple of 16.
-
-    A token's bits then do not depend on which other tokens chose the same expert (see ``layers.row_padded``).
-    """
-    count = gate_up_NFH.shape[0]
-    flat = expert_TK.flatten()
-    per_expert = torch.bincount(flat, minlength=count)[:count]
-    chosen_M = flat.argsort(stable=True)[: int(per_expert.sum())]
-    token_M = chosen_M // expert_TK.shape[1]
-    tiles_N = (per_expert + ROW_TILE - 1) // ROW_TILE * ROW_TILE
-    ends_N = tiles_N.cumsum(0)
-    shift_N = ends_N - tiles_N - (per_expert.cumsum(0) - per_expert)
-    place_M = torch.arange(len(chosen_M), device=flat.device) + shift_N[flat[chosen_M]]
-    x = u_TH.new_zeros(int(ends_N[-1]), u_TH.shape[1]).index_copy_(0, place_M, u_TH.index_select(0, token_M))
-    inner, _ = swiglu_forward(_tiled_mm(x, gate_up_NFH.transpose(1, 2), ends_N))
-    y = _tiled_mm(inner, down_NHF.transpose(1, 2), ends_N).index_select(0, place_M)
-    share_M1 = weight_TK.flatten().index_select(0, chosen_M).unsqueeze(1).to(u_TH.dtype)
-    return torch.zeros_like(u_TH).index_add_(0, token_M, y.mul_(share_M1))
-
-
-def _tiled_mm(x: Tensor, weight: Tensor, ends_N: Tensor) -> Tensor:
-    """:func:`grouped_mm` that spends nothing on experts without rows, of which one stream has many."""
-    bounds = list(itertools.pairwise([0, *ends_N.tolist()]))
-    busy = [(group, start, end) for group, (start, end) in enumerate(bounds) if end > start]
-    if len(busy) > FEW_EXPERTS or not busy:
-        return grouped_mm(x, weight, ends_N.to(torch.int32))
-    out = x.new_empty(x.shape[0], weight.shape[2])
-    for group, start, end in busy:
-        torch.mm(x[start:end], weight[group], out=out[start:end])
     return out

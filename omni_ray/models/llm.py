@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
 from omni_ray.models import weights
-from omni_ray.models.attention import Attend
 from omni_ray.models.block import ShortcutLayer
-from omni_ray.models.grouped_experts import ExpertKernel, grouped_experts
 from omni_ray.models.initialise import initialise_language
 from omni_ray.models.layers import RMSNorm
 from omni_ray.models.moe import Routing, balance_loss, expert_counts
 from omni_ray.models.mtp import MultiTokenPrediction
-from omni_ray.models.packed_attention import packed_layout
+from omni_ray.models.packed_attention import PackedLayout, packed_layout
 from omni_ray.models.recompute import RecomputeMode, layer_runner
 from omni_ray.models.rope import Turn, rope_tables
 from omni_ray.models.tensor_files import SHARD_BYTES
@@ -132,7 +130,7 @@ class LanguageModel(nn.Module):
             self.rope_base = rope_base
         turn = Turn(*rope_tables(positions_T, self.config.qk_rope_head_dim, self.rope_base))
         layout = packed_layout(cu_seqlens, self.config.num_attention_heads, turn)
-        x_TH, routings = self.run_layers(embeddings_TD, lambda _, attention, x: attention(x, layout))
+        x_TH, routings = self._run_layers(embeddings_TD, layout)
         balance = z_loss = x_TH.new_zeros((), dtype=torch.float32)
         if auxiliary:
             balance = torch.stack(
@@ -176,19 +174,12 @@ class LanguageModel(nn.Module):
                     "look at the media features or the weights that made them"
                 )
 
-    def run_layers(
-        self, x_TH: Tensor, attend: Attend, experts: ExpertKernel = grouped_experts
-    ) -> tuple[Tensor, list[Routing]]:
-        """All layers, before the final norm: the one forward that training, prefill and decoding share.
-
-        Args:
-            x_TH: [T, H] input rows.
-            attend: How rows see each other.  experts: How FFN experts are computed.
-        """
+    def _run_layers(self, x_TH: Tensor, layout: PackedLayout) -> tuple[Tensor, list[Routing]]:
+        """All layers, before the final norm."""
         routings = []
         run = layer_runner(self.recompute)
-        for index, layer in enumerate(self.model.layers):
-            x_TH, routing = run(layer, x_TH, attend, 2 * index, experts)
+        for layer in self.model.layers:
+            x_TH, routing = run(layer, x_TH, layout)
             routings.append(routing)
         return x_TH, routings
 

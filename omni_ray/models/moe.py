@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
-from omni_ray.models.grouped_experts import ExpertKernel, grouped_experts
+from omni_ray.models.grouped_experts import grouped_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +82,11 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
 
-    def forward(self, u_TH: Tensor, experts: ExpertKernel = grouped_experts) -> tuple[Tensor, Routing]:
+    def forward(self, u_TH: Tensor) -> tuple[Tensor, Routing]:
         """[T, H] -> [T, H] and the routing, for counts and the balance loss."""
         routing = self.router(u_TH)
-        out = experts(u_TH, routing.weight_TK, routing.expert_TK, self.experts.gate_up_proj, self.experts.down_proj)
+        held = (self.experts.gate_up_proj, self.experts.down_proj)
+        out = grouped_experts(u_TH, routing.weight_TK, routing.expert_TK, *held)
         return combine_zero_experts(out, u_TH, routing.weight_TK, routing.expert_TK, self.num_ffn), routing
 
 

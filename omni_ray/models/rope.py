@@ -25,7 +25,7 @@ def rope_tables(positions_T: Tensor, dim: int, base: float) -> tuple[Tensor, Ten
 
 
 class Turn:
-    """Cosine and sine of rows to rotate; rotates pairs (2i, 2i+1) of the last dim in place, in fp32 at least."""
+    """Cosine and sine of rows to rotate; rotates pairs (2i, 2i+1) of the last dim, in fp32 at least."""
 
     def __init__(self, cos_RP: Tensor, sin_RP: Tensor) -> None:
         self.cos_RP, self.sin_RP = cos_RP, sin_RP
@@ -56,19 +56,6 @@ class Turn:
     def _phase(self, x_SLhR: Tensor, back: bool) -> Tensor:
         phase = self._phase_RP.view(*x_SLhR.shape[:2], 1, -1)
         return phase.conj() if back else phase
-
-    def apply_(self, x_RD: Tensor, back: bool = False) -> None:
-        """Rotate [rows, 2P] in place; ``back`` turns the other way (the adjoint)."""
-        if x_RD.dtype == torch.float32 and x_RD.stride(0) % 2 == 0 and x_RD.storage_offset() % 2 == 0:
-            pairs_RP = torch.view_as_complex(x_RD.unflatten(1, (-1, 2)))
-            pairs_RP.mul_(self._phase_RP.conj() if back else self._phase_RP)
-            return
-        sin_RP = -self.sin_RP if back else self.sin_RP
-        wide = torch.promote_types(x_RD.dtype, torch.float32)
-        even_RP, odd_RP = x_RD[:, 0::2].to(wide), x_RD[:, 1::2].to(wide)
-        turned_even, turned_odd = even_RP * self.cos_RP - odd_RP * sin_RP, odd_RP * self.cos_RP + even_RP * sin_RP
-        x_RD[:, 0::2] = turned_even
-        x_RD[:, 1::2] = turned_odd
 
 
 def _pairs_aligned(x: Tensor) -> bool:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from omni_ray.config.model import LanguageConfig, model_preset
+from omni_ray.inference.row_weights import row_weights
 from omni_ray.models import packed_attention as packed
 from omni_ray.models.attention import LatentAttention
+from omni_ray.models.llm import LanguageModel
 from omni_ray.models.rope import Turn, rope_tables
 
 NOPE, ROPE, VALUE, HEADS = 5, 4, 7, 3
@@ -138,18 +140,21 @@ def config() -> LanguageConfig:
 
 def test_absorbed_attention_equals_the_expanded_one(config: LanguageConfig) -> None:
     torch.manual_seed(0)
-    attention = LatentAttention(config)
+    model = LanguageModel(config)
+    attention = model.model.layers[0].self_attn[0]
+    assert isinstance(attention, LatentAttention)
     x_TH = torch.randn(9, config.hidden_size)
     turn = Turn(*rope_tables(torch.arange(9), config.qk_rope_head_dim, 1e4))
     whole = attention(x_TH, packed.packed_layout([0, 9], attention.heads, turn))
     with torch.no_grad():
+        held = row_weights(model).layers[0].attention[0]
         q, latent, k_rope = attention.project(x_TH)
-        k_rope = k_rope.clone()
-        turn.apply_(k_rope)
-        turn.select(torch.arange(9).repeat_interleave(attention.heads)).apply_(q.flatten(0, 1)[:, attention.nope :])
-        query = torch.cat([attention.absorb_query(q[..., : attention.nope]), q[..., attention.nope :]], dim=2)
+        k_rope = turn.turned(k_rope[None, :, None])[0, :, 0]
+        q_rope = turn.turned(q[None, ..., attention.nope :])[0]
+        query = torch.cat([torch.einsum("thn,hnc->thc", q[..., : attention.nope], held.key_up), q_rope], dim=2)
         scores = torch.einsum("thx,sx->ths", query, torch.cat([latent, k_rope], dim=1))
         future = torch.ones(9, 9, dtype=torch.bool).triu(1)[:, None]
         probs = scores.masked_fill(future, -math.inf).softmax(-1)
-        out = attention.absorb_value(torch.einsum("ths,sc->thc", probs, latent))
+        mixed = torch.einsum("ths,sc->thc", probs, latent)
+        out = torch.einsum("thc,hce->the", mixed, held.value_up).flatten(1) @ held.out
     torch.testing.assert_close(out, whole, rtol=1e-4, atol=1e-5)

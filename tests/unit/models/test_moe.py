@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_ray.config.model import LanguageConfig, model_preset
-from omni_ray.models import grouped_experts as kernels
-from omni_ray.models.grouped_experts import grouped_experts, tiled_experts
+from omni_ray.inference.cache import LatentCache
+from omni_ray.inference.row_forward import RowForward
+from omni_ray.inference.row_weights import row_weights
 from omni_ray.models.layers import RMSNorm, row_padded, swiglu
+from omni_ray.models.llm import LanguageModel
 from omni_ray.models.moe import MoE, balance_loss, expert_counts
 
 CONFIG = model_preset("tiny").language
@@ -62,22 +64,24 @@ def test_forward_and_gradients_equal_the_slow_one() -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("few", [0, 16], ids=["grouped kernel", "one by one"])
-def test_inference_kernel_equals_the_training_one_and_ignores_neighbours(
-    few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = moe()
+def test_inference_kernel_equals_the_training_one_and_ignores_neighbours() -> None:
+    model = LanguageModel(CONFIG)
+    model.model.layers[0].mlp = moe()
+    held = row_weights(model)
+    forward = RowForward(held, 1e4, LatentCache(CONFIG))
     u = torch.randn(50, CONFIG.hidden_size)
-    routing = module.router(u)
-    arguments = (module.experts.gate_up_proj, module.experts.down_proj)
-    whole = tiled_experts(u, routing.weight_TK, routing.expert_TK, *arguments)
-    training = grouped_experts(u, routing.weight_TK, routing.expert_TK, *arguments)
-    torch.testing.assert_close(whole, training, rtol=1e-4, atol=1e-5)
-    # Parts run by the other kernel must have the same bits too.
-    monkeypatch.setattr(kernels, "FEW_EXPERTS", few)
-    for rows in (slice(0, 1), slice(7, 10), slice(20, 50)):
-        part = tiled_experts(u[rows], routing.weight_TK[rows], routing.expert_TK[rows], *arguments)
-        assert torch.equal(part, whole[rows])
+
+    def kernel(rows: slice) -> Tensor:
+        count = len(u[rows])
+        padded = F.pad(u[rows], (0, 0, 0, held.padded(count) - count))
+        return forward._mixture(padded, held.layers[0].experts, count)
+
+    with torch.inference_mode():
+        whole = kernel(slice(0, 50))
+        training, _ = moe()(u)
+        torch.testing.assert_close(whole, training, rtol=1e-4, atol=1e-5)
+        for rows in (slice(0, 1), slice(7, 10), slice(20, 50), slice(3, 4)):
+            assert torch.equal(kernel(rows), whole[rows])
 
 
 @pytest.mark.parametrize("chosen", [0, 9], ids=["one FFN expert takes all", "zero experts take all"])
