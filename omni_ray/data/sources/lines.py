@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
-from omni_ray.data.sources.base import same_key
 from omni_ray.data.sources.index import Shard, batches_of
-from omni_ray.data.sources.media_files import MediaFiles
+from omni_ray.data.sources.record_format import RecordFormat
 from omni_ray.data.sources.records import parse_json, sample_from_record
 from omni_ray.data.sources.storage import Storage
 from omni_ray.observability.events import emit
@@ -23,17 +22,10 @@ _TOKEN = re.compile(rb'["{}\[\]]')
 _STRING_END = re.compile(rb'["\\]')
 
 
-class RecordFormat:
-    """Text of a record at an offset; ``columns`` renames its fields to the known ones."""
+class TextFormat(RecordFormat):
+    """Text of a record at an offset."""
 
-    kind = "records"
-
-    def __init__(
-        self, roots: tuple[str, ...] = (), columns: Mapping[str, str] | None = None, *, allow_urls: bool = False
-    ) -> None:
-        self.roots = roots
-        self.columns = dict(columns or {})
-        self.allow_urls = allow_urls
+    kind = "text"
 
     def build(self, storage: Storage, path: str) -> tuple[pa.Schema, Any]:
         return _SCHEMA, batches_of(_SCHEMA, ({"offset": at, "size": size} for at, size in self.scan(storage, path)))
@@ -42,20 +34,16 @@ class RecordFormat:
         """(offset, bytes) of every record."""
         raise NotImplementedError
 
-    def key(self, shard: Shard, table: pa.Table, row: int) -> str:
-        return same_key(shard, row)
-
     def sample(self, storage: Storage, shard: Shard, table: pa.Table, row: int) -> Sample:
         offset, size = (table.column(name)[row].as_py() for name in ("offset", "size"))
         if offset + size > shard.size:
             raise DataError(f"its record ends at byte {offset + size} of a file of {shard.size}")
         record = parse_json(storage.read(shard.path, offset, size))
-        folder = shard.path.rpartition("/")[0]
-        load = MediaFiles(storage, folder, self.roots, allow_urls=self.allow_urls)
-        return sample_from_record(self.key(shard, table, row), renamed(record, self.columns), load)
+        load = self.media_beside(storage, shard)
+        return sample_from_record(self.key(shard, table, row), self.renamed(record), load)
 
 
-class JsonLinesFormat(RecordFormat):
+class JsonLinesFormat(TextFormat):
     """One record a line; empty lines are none."""
 
     kind = "jsonl"
@@ -75,7 +63,7 @@ class JsonLinesFormat(RecordFormat):
             yield start, at - start
 
 
-class JsonListFormat(RecordFormat):
+class JsonListFormat(TextFormat):
     """One JSON list of records; scanned for their ends once, then read at their offsets."""
 
     kind = "llava"
@@ -98,17 +86,6 @@ class JsonListFormat(RecordFormat):
             if start >= 0:  # the record that is cut: it is counted, and cannot be read
                 facts = storage.facts(path)
                 yield start, (facts.size if facts else start + 1) - start
-
-
-def renamed(record: Any, columns: Mapping[str, str]) -> Any:
-    """A record whose fields are named as ``columns`` (known name -> the record's own) says."""
-    if not columns or not isinstance(record, dict):
-        return record
-    missing = [own for own in columns.values() if own not in record]
-    if missing:
-        raise DataError(f"column {missing[0]} is missing; there are {', '.join(sorted(record))}")
-    rest = {name: value for name, value in record.items() if name not in columns.values()}
-    return rest | {known: record[own] for known, own in columns.items()}
 
 
 def _tokens(storage: Storage, path: str) -> Iterator[tuple[bytes, int]]:

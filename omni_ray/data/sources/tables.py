@@ -10,10 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omni_ray.data.sources.base import same_key
 from omni_ray.data.sources.index import Shard, batches_of
-from omni_ray.data.sources.lines import renamed
 from omni_ray.data.sources.media_files import MediaFiles
+from omni_ray.data.sources.record_format import RecordFormat
 from omni_ray.data.sources.records import sample_from_record
 from omni_ray.data.sources.storage import Storage
 from omni_ray.observability.events import emit
@@ -25,17 +24,10 @@ CACHE_BYTES = 256 * 2**20
 _SCHEMA = pa.schema([("group", pa.int32()), ("row", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 
 
-class TableFormat:
+class TableFormat(RecordFormat):
     """Rows of blocks (row groups, record batches); a block is read whole and kept while memory allows."""
 
     kind = "table"
-
-    def __init__(
-        self, roots: tuple[str, ...] = (), columns: Mapping[str, str] | None = None, *, allow_urls: bool = False
-    ) -> None:
-        self.roots = roots
-        self.columns = dict(columns or {})
-        self.allow_urls = allow_urls
 
     def build(self, storage: Storage, path: str) -> tuple[pa.Schema, Any]:
         rows = (
@@ -53,9 +45,6 @@ class TableFormat:
         """One block."""
         raise NotImplementedError
 
-    def key(self, shard: Shard, table: pa.Table, row: int) -> str:
-        return same_key(shard, row)
-
     def sample(self, storage: Storage, shard: Shard, table: pa.Table, row: int) -> Sample:
         place = table.slice(row, 1).to_pylist()[0]
         block = self._block(storage, shard, place)
@@ -63,9 +52,9 @@ class TableFormat:
             record = block.slice(place["row"], 1).to_pylist()[0]
         except UnicodeDecodeError as error:
             raise DataError(f"its text is not UTF-8 (byte {error.start}); write it in UTF-8") from error
-        load = MediaFiles(storage, shard.path.rpartition("/")[0], self.roots, allow_urls=self.allow_urls)
-        present = {name: value for name, value in renamed(record, self.columns).items() if value is not None}
-        return sample_from_record(self.key(shard, table, row), present, _TableMedia(present, load))
+        present = {name: value for name, value in self.renamed(record).items() if value is not None}
+        load = _TableMedia(present, self.media_beside(storage, shard))
+        return sample_from_record(self.key(shard, table, row), present, load)
 
     def _block(self, storage: Storage, shard: Shard, place: Mapping[str, int]) -> pa.Table:
         kept = _blocks.get((shard.path, shard.digest, place["group"]))
