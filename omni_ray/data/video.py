@@ -6,7 +6,7 @@ import io
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ MAX_SOURCE_FRAMES, MAX_VIDEO_S = 250_000, 3600.0
 """Longer films are refused, from their header where it tells."""
 _SEEK_FRAMES = 256
 """Clips of more frames are decoded around the wanted frames only."""
+_OPEN_BYTES = 4 * 2**20
+"""Films of so many bytes stay open between the count of their frames and their decoding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +168,8 @@ def _wanted_frames(raw: bytes, name: str, track: _Track, wanted: tuple[int, ...]
     rgb = _rgb_converter()
     if len(track.times_s) <= _SEEK_FRAMES or not track.seekable:
         numbers = set(wanted)
-        for number, frame in enumerate(_decoded(raw, name, None)):
+        frames = _decoded_packets(track.opened.pop(), name) if track.opened else _decoded(raw, name, None)
+        for number, frame in enumerate(frames):
             if number in numbers:
                 yield rgb(frame)
             if number >= wanted[-1]:
@@ -207,11 +210,30 @@ def _decoded(raw: bytes, name: str, start: int | None) -> Iterator[Any]:
             if start is not None:
                 container.seek(start, stream=stream)
             for frame in container.decode(stream):
-                if frame.width * frame.height > MAX_PIXELS:
-                    raise MediaError(f"{name} has frames of {frame.width} x {frame.height} pixels; scale it down")
-                yield frame
+                yield _checked_frame(frame, name)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise MediaError(f"{name} cannot be decoded as video ({error}); send mp4 with h264") from error
+
+
+def _decoded_packets(opened: _Opened, name: str) -> Iterator[Any]:
+    """Every frame of a film whose packets were read already: what :func:`_decoded` gives from the start."""
+    import av
+
+    try:
+        opened.stream.codec_context.thread_count = 1
+        for packet in opened.packets:
+            for frame in packet.decode():
+                yield _checked_frame(frame, name)
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        raise MediaError(f"{name} cannot be decoded as video ({error}); send mp4 with h264") from error
+    finally:
+        opened.container.close()
+
+
+def _checked_frame(frame: Any, name: str) -> Any:
+    if frame.width * frame.height > MAX_PIXELS:
+        raise MediaError(f"{name} has frames of {frame.width} x {frame.height} pixels; scale it down")
+    return frame
 
 
 def encode_mp4(
@@ -247,6 +269,15 @@ def encode_mp4(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """A short film whose packets were read and not yet decoded."""
+
+    container: Any
+    stream: Any
+    packets: list[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Track:
     """What a film's packets tell without being decoded."""
 
@@ -258,6 +289,8 @@ class _Track:
     """Time stamps of key frames, ascending."""
     height: int
     width: int
+    opened: list[_Opened] = field(default_factory=list)
+    """The film itself, once: opening it and reading its packets again would cost a tenth of decoding it."""
 
     @property
     def seekable(self) -> bool:
@@ -276,22 +309,36 @@ def _read_track(raw: bytes, name: str) -> _Track:
 def _scan_track(raw: bytes, name: str) -> _Track:
     import av
 
-    stamps, keys = [], []
+    container = None
     try:
-        with av.open(io.BytesIO(raw), "r") as container:
-            stream = _stream(container, name)
-            height, width = int(stream.codec_context.height), int(stream.codec_context.width)
-            base = float(stream.time_base or 0)
-            _check_duration(container, stream, name)
-            for packet in container.demux(stream):
-                if packet.pts is not None and packet.size:
-                    stamps.append(packet.pts)
-                    if packet.is_keyframe:
-                        keys.append(packet.pts)
-                if len(stamps) > MAX_SOURCE_FRAMES:
-                    raise MediaError(f"{name} has more than {MAX_SOURCE_FRAMES} frames; cut it into pieces")
+        container = av.open(io.BytesIO(raw), "r")
+        track = _scanned(container, raw, name)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise MediaError(f"{name} cannot be read as video ({error}); send mp4 with h264") from error
+    except MediaError:
+        if container is not None:
+            container.close()
+        raise
+    if not track.opened:
+        container.close()
+    return track
+
+
+def _scanned(container: Any, raw: bytes, name: str) -> _Track:
+    stream = _stream(container, name)
+    height, width = int(stream.codec_context.height), int(stream.codec_context.width)
+    base = float(stream.time_base or 0)
+    _check_duration(container, stream, name)
+    stamps, keys, packets = [], [], []
+    for packet in container.demux(stream):
+        if len(raw) <= _OPEN_BYTES:
+            packets.append(packet)
+        if packet.pts is not None and packet.size:
+            stamps.append(packet.pts)
+            if packet.is_keyframe:
+                keys.append(packet.pts)
+        if len(stamps) > MAX_SOURCE_FRAMES:
+            raise MediaError(f"{name} has more than {MAX_SOURCE_FRAMES} frames; cut it into pieces")
     if not stamps or height < 1 or width < 1:
         raise MediaError(f"{name} has a video track without frames; export it again")
     if height * width > MAX_PIXELS:
@@ -300,7 +347,8 @@ def _scan_track(raw: bytes, name: str) -> _Track:
     if (stamps[-1] - stamps[0]) * base > MAX_VIDEO_S:
         raise _too_long((stamps[-1] - stamps[0]) * base, name)
     times_s = [stamp * base for stamp in stamps]
-    return _Track(times_s=times_s, stamps=stamps, keys=sorted(keys), height=height, width=width)
+    opened = [_Opened(container=container, stream=stream, packets=packets)] if packets else []
+    return _Track(times_s=times_s, stamps=stamps, keys=sorted(keys), height=height, width=width, opened=opened)
 
 
 def _check_duration(container: Any, stream: Any, name: str) -> None:
