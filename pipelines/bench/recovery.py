@@ -166,11 +166,23 @@ class _Killer:
                 kill = Kill(name=name, phase="any moment")
                 time.sleep(self.rng.random() * 0.3)
                 kill_now(self.folder, name)
-            started, before = time.perf_counter(), self.ended()
-            if not self._until(lambda least=before: self.ended() > least):  # type: ignore[misc]
+            started = time.perf_counter()
+            highest = self._until_recovered()
+            if not self._until(lambda least=highest: self.ended() > least):  # type: ignore[misc]
                 return
             kill.recovery_s = time.perf_counter() - started
             self.kills.append(kill)
+
+    def _until_recovered(self) -> int:
+        """The most steps that had ended when the loss was mended: steps in flight may still end after the kill."""
+        highest, events = self.ended(), self.folder.parent / "events.jsonl"
+        while not self.stop.is_set():
+            highest = max(highest, self.ended())
+            found = [event for event in read_events(events) if event["event"] == "recovered"] if events.exists() else []
+            if len(found) > len(self.kills):
+                return highest
+            time.sleep(0.02)
+        return highest
 
     def _until(self, holds, limit_s: float = DEADLINE_S) -> bool:  # type: ignore[no-untyped-def]
         until = time.perf_counter() + limit_s

@@ -108,10 +108,10 @@ class SleptFeeder:
 
     def load(self, step: int, language: Sequence[float]) -> None:
         """Costs of a step's micro-batches."""
-        self._language = {step: language}
+        self._language[step] = language
 
     def payloads(self, step: int, keys: Sequence[tuple[str, int, int]]) -> Any:
         """The parts of a step, one object each."""
-        costs: Mapping[int, float] = dict(enumerate(self._language[step]))
+        costs: Mapping[int, float] = dict(enumerate(self._language.pop(step)))
         out: list[Any] = [costs[micro_batch] if what == "rows" else {} for what, micro_batch, _ in keys]
         return out if len(out) > 1 else out[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from omni_ray.schedule.replay import replay
 from omni_ray.types.errors import OmniError
 from pipelines.bench.slept import SleptActor, SleptFeeder
 from pipelines.bench.table2 import MICRO_BATCHES, Layout, Load, draw_loads, plan_of, separate, tasks_of
-from pipelines.training.step import StepDriver
+from pipelines.training.loop import IN_FLIGHT
+from pipelines.training.step import StepDriver, StepHandles
 
 WINDOW = 4
 CALL_S = 0.0015
@@ -28,10 +29,10 @@ CALL_S = 0.0015
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SleptRun:
-    """One measured step."""
+    """One measured step, or the mean of several in flight."""
 
     seconds: float
-    """Wall time."""
+    """Wall time of a step."""
     micro_batches: int
     """How many the step had."""
     device_busy: float
@@ -61,8 +62,8 @@ class SleptCluster:
         ray.get([actor.usage.remote() for actor in self.actors])
         self._step = 0
 
-    def run(self, layout: Layout, kind: str, loads: list[Load], *, media: bool = True) -> SleptRun:
-        """One step of a layout.
+    def run(self, layout: Layout, kind: str, loads: list[Load], *, media: bool = True, steps: int = 1) -> SleptRun:
+        """One step of a layout, or several over the same loads, as many in flight as in training.
 
         Raises:
             OmniError: a device was busy for longer than the step took, or an actor has imported torch.
@@ -73,11 +74,20 @@ class SleptCluster:
         schedule = Schedule(kind=kind, window=WINDOW, reduce="fast", timeout_s=120)  # type: ignore[arg-type]
         driver = StepDriver(recipe.model_copy(update={"schedule": schedule}), pools, self.feeder)
         driver.live = {"language": True, "vision": media, "audio": media, "speech": False}
-        self._step += 1
-        plan, language = plan_of(loads, layout.ranks, self._step, media)
-        ray.get(self.feeder.load.remote(self._step, language))
+        plans = []
+        for _ in range(steps):
+            self._step += 1
+            plan, language = plan_of(loads, layout.ranks, self._step, media)
+            ray.get(self.feeder.load.remote(self._step, language))
+            plans.append(plan)
         started = time.perf_counter()
-        driver.collect(driver.submit(plan))
+        flying: deque[StepHandles] = deque()
+        for plan in plans:
+            flying.append(driver.submit(plan))
+            if len(flying) == IN_FLIGHT:
+                driver.collect(flying.popleft())
+        while flying:
+            driver.collect(flying.popleft())
         seconds = time.perf_counter() - started
         used: defaultdict[int, float] = defaultdict(float)
         usage = ray.get([actor.usage.remote() for actor in self.actors[: len(devices)]])
@@ -87,7 +97,10 @@ class SleptCluster:
         if most > 1.0:
             raise OmniError(f"a simulated device was busy for {most:.3f} of the step; its lock does not exclude")
         return SleptRun(
-            seconds=seconds, micro_batches=len(loads), device_busy=most, calls=sum(calls for _, calls in usage)
+            seconds=seconds / steps,
+            micro_batches=len(loads),
+            device_busy=most,
+            calls=sum(calls for _, calls in usage) // steps,
         )
 
     def _seat(self, layout: Layout) -> tuple[dict[str, Pool], list[int]]:

@@ -108,6 +108,25 @@ def test_group_of_three_processes(ray_cluster: None) -> None:
         ray.kill(actor)
 
 
+@pytest.mark.ray
+def test_a_peer_that_never_comes_is_waited_for_no_longer_than_the_time_out(ray_cluster: None) -> None:
+    """All three are alive; one does not enter the collective."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    remote = ray.remote(GroupProbe)
+    ranks = [remote.options(num_cpus=0.1).remote() for _ in range(3)]
+    address = ray.get(ranks[0].address.remote())
+    ray.get([actor.join.remote(rank, address, 4.0) for rank, actor in enumerate(ranks)])
+    waiting = [ranks[rank].sum.remote(1.0) for rank in (0, 1)]
+    for rank in (0, 1):
+        text = rf"HangError: pool vision, rank {rank}, phase finish: the group of 3 did not answer within 4 s"
+        with pytest.raises(ray.exceptions.RayTaskError, match=text):
+            ray.get(waiting[rank], timeout=60)
+    for actor in ranks:
+        ray.kill(actor)
+
+
 def _by_item(rank: int) -> list[tuple[tuple[int, int], Tensor]]:
     return (
         list(zip(LISTS[rank], rows_of_rank(rank).split([n for _, n in LISTS[rank]]), strict=True))
