@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from omni_ray.config.model import AudioConfig
 from omni_ray.models.layers import row_padded
@@ -25,6 +26,49 @@ class LayerState:
     """Layer inputs whose right context has not come yet; at most ``right_order`` rows."""
 
 
+def _slide(x_BGP: Tensor, weight_P1K: Tensor) -> Tensor:
+    """Depthwise sliding sum, [B, G, P] -> [B, G - K + 1, P], without padding.
+
+    A row's bits do not depend on the number of rows or streams: oneDNN's kernel for rows-first memory makes every value
+    by one chain of fused products over the taps (eight times as fast as tap by tap).
+    """
+    length = x_BGP.shape[1] - weight_P1K.shape[2] + 1
+    if length < 1:
+        return x_BGP[:, :0]
+    if x_BGP.is_cpu and torch.backends.mkldnn.is_available() and x_BGP.dtype in (torch.float32, torch.bfloat16):
+        # [B, P, G, 1] in channels-last strides: the rows as they lie.
+        image = x_BGP.contiguous().unsqueeze(2).permute(0, 3, 1, 2)
+        weight = weight_P1K.unsqueeze(-1)
+        out = torch.mkldnn_convolution(image, weight, None, [0, 0], [1, 1], [1, 1], weight.shape[0])
+        return out.permute(0, 2, 3, 1).flatten(1, 2)
+    taps_KP = weight_P1K[:, 0].t()
+    total = x_BGP.narrow(1, 0, length) * taps_KP[0]
+    for k in range(1, taps_KP.shape[0]):
+        # Not addcmul: it fuses the rounding in full vectors only, so bits would depend on where a row stands.
+        total.add_(x_BGP.narrow(1, k, length) * taps_KP[k])
+    return total
+
+
+class _Memory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BGP: Tensor, weight_P1K: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x_BGP, weight_P1K)
+        return _slide(x_BGP, weight_P1K)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BNP: Tensor):  # type: ignore[no-untyped-def, override]
+        x_BGP, weight_P1K = ctx.saved_tensors
+        taps, length = weight_P1K.shape[2], grad_BNP.shape[1]
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _slide(F.pad(grad_BNP, (0, 0, taps - 1, taps - 1)), weight_P1K.flip(2).contiguous())
+        if ctx.needs_input_grad[1]:
+            sums = [(grad_BNP * x_BGP.narrow(1, k, length)).sum(dim=(0, 1)) for k in range(taps)]
+            grad_weight = torch.stack(sums, dim=1).unsqueeze(1)
+        return grad_x, grad_weight
+
+
 class FsmnLayer(nn.Module):
     """Pre-norm FSMN layer.
 
@@ -39,7 +83,7 @@ class FsmnLayer(nn.Module):
         self.left_order = config.left_order
         self.right_order = right_order
         self.norm1 = nn.LayerNorm(size)
-        # Held as a depthwise convolution for its name and shape [P, 1, K]; applied tap by tap in a fixed order.
+        # Held as a depthwise convolution for its name and shape [P, 1, K]; see _slide.
         self.memory = nn.Conv1d(size, size, config.left_order + right_order + 1, groups=size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(size)
@@ -49,7 +93,7 @@ class FsmnLayer(nn.Module):
     def forward(self, x_RP: Tensor, rows: GappedRows) -> Tensor:
         """Whole utterances, packed: [R, P] -> [R, P]; ``rows`` has gaps of at least N1 before and N2 after."""
         remembered_RP = rows.collect(self._remember(rows.spread(self.norm1(x_RP))))
-        return self._feed_forward(x_RP + self.dropout(remembered_RP))
+        return self._feed_forward(self.dropout(remembered_RP).add_(x_RP))
 
     def stream(self, x_BNP: Tensor, state: LayerState, final: bool) -> tuple[Tensor, LayerState]:
         """The next rows of running streams, any number; ``final`` puts zeros where right context will never come."""
@@ -74,17 +118,13 @@ class FsmnLayer(nn.Module):
 
     def _remember(self, normed: Tensor) -> Tensor:
         """[..., G, P] -> [..., G - K + 1, P]; sum over taps, oldest first."""
-        taps_KP = self.memory.weight[:, 0].t()
-        length = normed.shape[-2] - taps_KP.shape[0] + 1
-        total = normed.narrow(-2, 0, length) * taps_KP[0]
-        for k in range(1, taps_KP.shape[0]):
-            # Not addcmul: it fuses the rounding in full vectors only, so bits would depend on where a row stands.
-            total.add_(normed.narrow(-2, k, length) * taps_KP[k])
-        return total
+        flat_BGP = normed if normed.dim() == 3 else normed.unsqueeze(0)
+        out_BNP: Tensor = _Memory.apply(flat_BGP, self.memory.weight)
+        return out_BNP.view(*normed.shape[:-2], *out_BNP.shape[-2:])
 
     def _feed_forward(self, m_RP: Tensor) -> Tensor:
         def residual(m_RP: Tensor) -> Tensor:
-            out_RP: Tensor = self.linear2(F.relu6(self.linear1(self.norm2(m_RP))))
+            out_RP: Tensor = self.linear2(F.relu6(self.linear1(self.norm2(m_RP)), inplace=True))
             return out_RP
 
-        return m_RP + row_padded(residual, m_RP)
+        return row_padded(residual, m_RP).add_(m_RP)

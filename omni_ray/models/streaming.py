@@ -54,7 +54,7 @@ class GappedRows:
 
     def spread(self, x_RD: Tensor) -> Tensor:
         """Packed rows [R, D] -> [G, D], zeros in the gaps."""
-        return x_RD.new_zeros(self.total, x_RD.shape[-1]).index_copy(0, self.slot_R, x_RD)
+        return x_RD.new_zeros(self.total, x_RD.shape[-1]).index_copy_(0, self.slot_R, x_RD)
 
     def collect(self, filtered_GD: Tensor) -> Tensor:
         """Rows of a filter's output whose window begins ``left`` rows before the row itself: back to [R, D]."""
