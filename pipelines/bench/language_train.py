@@ -61,11 +61,12 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
     """All figures of the bench.
 
     Args:
-        quick: 5 runs of each side instead of 7.  seed: Draws weights and token ids.
+        quick: 5 runs of each side instead of 7; speed-ups at the large configuration always take 5.
+        seed: Draws weights and token ids.
     """
     torch.set_num_threads(1)
     repeats = 5 if quick else 7
-    figures = [figure for case in CASES for figure in _speedup(case, repeats, seed)]
+    figures = [figure for case in CASES for figure in _speedup(case, 5 if case.size == "large" else repeats, seed)]
     figures += [figure for case in CASES[2:] for figure in _peak_share(case, repeats, seed, kept=False)]
     # From here on, for the whole process: the comparison above ran with the system's own behaviour on both sides.
     if keep_freed_memory():
@@ -134,22 +135,37 @@ def timed(step: Callable[..., Tensor], model: Any, ids: Tensor, labels: Tensor) 
     return once
 
 
+def checked_step(model: Any, ids: Tensor, labels: Tensor, *, again: bool) -> tuple[float, float]:
+    """Loss and seconds of their first step, or of a second one where a step is short enough to feel the warm-up.
+
+    At the large configuration a step of theirs takes a quarter of a minute, nearly all of it products and gradients of
+    expert weights: it is made once, for the loss and to choose the attention, before the runs that count.
+    """
+    loss, seconds = 0.0, 0.0
+    for _ in range(2 if again else 1):
+        model.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+        loss = float(their_step(model, ids, labels))
+        seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return loss, seconds
+
+
 def _speedup(case: Case, repeats: int, seed: int) -> list[Figure]:
     ids, labels = draw_batch(case, seed)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = reference_models(case, seed, Path(folder))
         ours = LanguageModel.from_pretrained(folder).to(DTYPES[case.dtype])
-    losses = {name: float(their_step(model, ids, labels)) for name, model in theirs.items()}
-    losses["ours"] = float(our_step(ours, ids, labels))
+    losses, first_s = {"ours": float(our_step(ours, ids, labels))}, {}
+    for name, model in theirs.items():
+        losses[name], first_s[name] = checked_step(model, ids, labels, again=case.size == "small")
     apart = max(losses.values()) - min(losses.values())
     if not apart <= LOSS_TOLERANCE[case.dtype] * abs(losses["ours"]):
         raise OmniError(f"the sides of {case.size} {case.dtype} do not compute the same: losses {losses}")
-    sides = {name: timed(their_step, model, ids, labels) for name, model in theirs.items()}
-    warm = {name: side() for name, side in sides.items()}
-    fastest = min(warm, key=lambda name: warm[name])
+    fastest = min(first_s, key=lambda name: first_s[name])
     times = alternate(
-        {fastest: sides[fastest], "ours": timed(our_step, ours, ids, labels)},
+        {fastest: timed(their_step, theirs[fastest], ids, labels), "ours": timed(our_step, ours, ids, labels)},
         repeats,
         timed(our_step, ours, ids, labels),
     )
