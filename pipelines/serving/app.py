@@ -20,7 +20,9 @@ from typing import Any, Self
 import ray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve import Application, Deployment
+from ray.serve.exceptions import RayServeException
 
 from actors.cluster import LOCAL_CPUS, RaySession
 from omni_ray.config.serving import ServingConfig
@@ -28,6 +30,7 @@ from omni_ray.observability.events import emit
 from omni_ray.types.errors import ConfigError, ResourceError
 from pipelines.serving.gateway import GatewayReplica, gateway_options
 from pipelines.serving.guard import check_address, check_port, check_tls
+from pipelines.serving.listener import DRAIN_S, Listen, ListeningGateway, on_this_node
 from pipelines.serving.replicas import (
     AudioReplica,
     LanguageReplica,
@@ -65,15 +68,24 @@ def app(args: AppArgs | dict[str, str]) -> Application:
     key_file = str(Path(args.api_key_file).expanduser().resolve()) if args.api_key_file else None
     check_address("127.0.0.1", Path(key_file) if key_file else None)
     recipe = read_recipe(folder)
-    pools = recipe.serving.pools
+    gateway = _deployment(GatewayReplica, "gateway", gateway_options(recipe.serving))
+    return gateway.bind(str(folder), key_file, **_stages(folder, recipe.serving))
+
+
+def _stages(folder: Path, serving: ServingConfig) -> dict[str, Application]:
     stages = {}
     for name, replica in STAGES.items():
-        chosen = options(getattr(pools, name))
+        chosen = options(getattr(serving.pools, name))
         # Pictures belong to nobody's session; the other stages hold sessions.
         chosen = chosen if name == "vision" else sticky(chosen)
         stages[name] = _deployment(replica, name, chosen).bind(str(folder))
-    gateway = _deployment(GatewayReplica, "gateway", gateway_options(recipe.serving))
-    return gateway.bind(str(folder), key_file, **stages)
+    return stages
+
+
+def _listening(folder: Path, key_file: str | None, serving: ServingConfig, listen: Listen) -> Application:
+    """The same application with a gateway that listens itself, on this machine."""
+    gateway = _deployment(ListeningGateway, "gateway", on_this_node(gateway_options(serving)))
+    return gateway.bind(listen, str(folder), key_file, **_stages(folder, serving))
 
 
 def _checked(args: AppArgs | dict[str, str]) -> AppArgs:
@@ -99,6 +111,8 @@ class Served:
 
     def __init__(self, url: str, session: RaySession) -> None:
         self.url = url
+        self.drains = False
+        """The gateway listens itself, and lets its clients go before it ends."""
         self._session: RaySession | None = session
         self._local = session.owns_connection and not os.environ.get("RAY_ADDRESS")
 
@@ -109,11 +123,18 @@ class Served:
             return
         try:
             with _quiet():
+                self._drain()
                 ray_serve.delete(APP_NAME)
                 if not self._local and not ray_serve.status().applications:
                     ray_serve.shutdown()  # a cluster of our own ends as a whole
         finally:
             session.close()
+
+    def _drain(self) -> None:
+        if not self.drains:
+            return
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):
+            ray_serve.get_deployment_handle("gateway", APP_NAME).drain.remote().result(timeout_s=3 * DRAIN_S)
 
     def __enter__(self) -> Self:
         return self
@@ -133,6 +154,8 @@ def serve(
     block: bool = True,
 ) -> Served:
     """Serve a checkpoint over HTTP and WebSockets.
+
+    One gateway listens itself; several stand behind Ray Serve's proxy (``serving.pools.gateway``).
 
     Args:
         checkpoint: A checkpoint folder.  host, port: Where to listen; port 0 takes a free one.
@@ -156,11 +179,10 @@ def serve(
     try:
         check_fits(recipe.serving)
         began = time.monotonic()
-        key_file = str(api_key_file) if api_key_file is not None else None
+        key_file = str(api_key_file.expanduser().resolve()) if api_key_file is not None else None
         with _quiet():
-            ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **tls})
-            bound = app(AppArgs(checkpoint=str(checkpoint), api_key_file=key_file))
-            ray_serve.run(bound, name=APP_NAME, route_prefix="/")
+            listen = Listen(host=host, port=port, tls=tls)
+            served.drains = _start(checkpoint.expanduser().resolve(), key_file, recipe.serving, listen)
         _wait_until_answers(served.url)
         emit("serving", url=served.url, checkpoint=str(checkpoint), seconds=time.monotonic() - began)
         if block:
@@ -171,6 +193,18 @@ def serve(
     if block:
         served.close()
     return served
+
+
+def _start(folder: Path, key_file: str | None, serving: ServingConfig, listen: Listen) -> bool:
+    """Bring the application up; whether its gateway listens itself."""
+    pool = serving.pools.gateway
+    if max(pool.replicas, pool.max_replicas) == 1:
+        ray_serve.start(proxy_location="Disabled")
+        ray_serve.run(_listening(folder, key_file, serving, listen), name=APP_NAME, route_prefix=None)
+        return True
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": listen.host, "port": listen.port, **listen.tls})
+    ray_serve.run(app(AppArgs(checkpoint=str(folder), api_key_file=key_file)), name=APP_NAME, route_prefix="/")
+    return False
 
 
 def check_fits(serving: ServingConfig) -> None:

@@ -1,0 +1,97 @@
+"""A gateway that listens itself: one process between a client and the stages, where Serve's proxy would be a second."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from ray.serve.handle import DeploymentHandle
+
+from omni_ray.types.errors import ResourceError
+from pipelines.serving.gateway import ServeGateway
+from pipelines.serving.realtime.socket import MOST_FRAME_CHARACTERS
+
+BACKLOG = 512
+DRAIN_S = 3
+"""Time for answers in progress and for live conversations to take leave; those are told 1012, come again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """Where a gateway listens."""
+
+    host: str
+    """A name or address of this machine."""
+    port: int
+    """A free port."""
+    tls: dict[str, str] = field(default_factory=dict)
+    """``ssl_certfile`` and ``ssl_keyfile``, or nothing."""
+
+
+class ListeningGateway(ServeGateway):
+    """See :class:`pipelines.serving.gateway.ServeGateway`; there is one of it, on the machine that serves."""
+
+    def __init__(self, listen: Listen, checkpoint: str, api_key_file: str | None, **stages: DeploymentHandle) -> None:
+        """Load, and listen before the replica counts as ready; Ray Serve calls this in the replica's event loop.
+
+        Raises:
+            ResourceError: the port is taken.
+        """
+        super().__init__(checkpoint, api_key_file, **stages)
+        config = uvicorn.Config(
+            self.asgi(),
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            ws_max_size=MOST_FRAME_CHARACTERS + 1024,
+            timeout_graceful_shutdown=DRAIN_S,
+            **listen.tls,  # type: ignore[arg-type]
+        )
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[_bound(listen)]))
+
+    def check_health(self) -> None:
+        """Ray Serve asks; a gateway that no longer listens is replaced.
+
+        Raises:
+            ResourceError: it has stopped listening.
+        """
+        if self._serving.done() and not self._server.should_exit:
+            raise ResourceError("the gateway no longer listens; it is started again")
+
+    async def drain(self) -> None:
+        """Take nothing new, let go of clients in order, return when all have gone."""
+        self._server.should_exit = True
+        await asyncio.wait({self._serving}, timeout=2 * DRAIN_S)
+
+
+def _bound(listen: Listen) -> socket.socket:
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((listen.host.strip("[]"), listen.port))
+        bound.listen(BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise ResourceError(
+            f"port {listen.port} on {listen.host} cannot be used ({error.strerror}); stop what listens there, or "
+            "choose another --port"
+        ) from None
+    return bound
+
+
+def on_this_node(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Deployment options with the replica held to the machine of the caller, whose address clients are told."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    names = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    place = next(name for name in names if name.startswith("node:") and name != "node:__internal_head__")
+    actor = dict(chosen["ray_actor_options"])
+    actor["resources"] = {**actor.get("resources", {}), place: 0.001}
+    return chosen | {"ray_actor_options": actor}
