@@ -106,6 +106,7 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
         pool: PoolConfig = getattr(pools, name)
         later += [(f"pools.{name}.shard", pool.shard, "none"), (f"pools.{name}.offload", pool.offload, "none")]
         later += [(f"pools.{name}.precision", pool.precision, "fp32")]
+        refuse_gpus(f"pools.{name}", pool.resources)
         if pool.recompute == "selective" and name != "language":
             raise ConfigError(f"pools.{name}.recompute is selective, which the language pool alone has; choose full")
     language = pools.language
@@ -116,6 +117,19 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
             raise ConfigError(f"{name} is {value}, which is not built yet in this version; choose {built}")
     if pools.speech.actors < 1:
         raise ConfigError("pools.speech.actors must be at least 1")
+
+
+def refuse_gpus(where: str, resources: Resources) -> None:
+    """Workers compute on the CPU so far; an actor that held a GPU without using it would be a silent loss.
+
+    Raises:
+        ConfigError: names the setting, its value and what to choose.
+    """
+    if resources.gpu:
+        raise ConfigError(
+            f"{where}.resources.gpu is {resources.gpu:g}, which is not built yet in this version: workers compute on "
+            "the CPU; choose 0, and resources.custom to place actors"
+        )
 
 
 def check_colocated(pools: Pools) -> None:

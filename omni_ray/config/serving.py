@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from omni_ray.config.model import Checked
-from omni_ray.config.parallel import Resources
+from omni_ray.config.parallel import Resources, refuse_gpus
 from omni_ray.types.errors import ConfigError
 
 
@@ -29,6 +29,13 @@ class ServePools(Checked):
     audio: ServePool = Field(default_factory=ServePool)
     speech: ServePool = Field(default_factory=ServePool)
     language: ServePool = Field(default_factory=ServePool)
+
+    @model_validator(mode="after")
+    def no_idle_gpus(self) -> Self:
+        """See :func:`omni_ray.config.parallel.refuse_gpus`."""
+        for name in ("gateway", "vision", "audio", "speech", "language"):
+            refuse_gpus(f"serving.pools.{name}", getattr(self, name).resources)
+        return self
 
 
 class TurnConfig(Checked):
