@@ -28,8 +28,8 @@ from pipelines.serving.stages import AnswerOptions, Rows
 
 ROWS = 24
 SPECULATE_MS = 250
-PAUSE_S = 0.42
-"""Longer than the speculative silence, shorter than the end of a turn."""
+PAUSE_S = 0.32
+"""Longer than the speculative silence; with the gap in which the next words may begin, shorter than the end of a turn."""
 
 
 class Watched(LocalStages):
