@@ -29,7 +29,7 @@ from pipelines.serving.stages import AnswerOptions, Rows
 ROWS = 24
 SPECULATE_MS = 250
 PAUSE_S = 0.32
-"""Longer than the speculative silence; with the gap in which the next words may begin, shorter than the end of a turn."""
+"""Longer than the speculative silence; shorter than the end of a turn even where the next words begin with a gap."""
 
 
 class Watched(LocalStages):
