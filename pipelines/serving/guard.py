@@ -27,6 +27,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MIN_KEY_CHARACTERS = 16
+BACKLOG = 512
+"""Connections that wait to be taken."""
 KEY_PROTOCOL = "openai-insecure-api-key."
 """Browsers cannot set headers on a WebSocket: the key may come as a subprotocol with this prefix."""
 OPEN_PATHS = frozenset({"/healthz"})
@@ -88,7 +90,7 @@ def check_address(host: str, api_key_file: Path | None) -> None:
 
 
 def check_tls(host: str, cert: Path | None, key: Path | None) -> dict[str, str]:
-    """Options of the proxy's TLS, none without files; warns where keys and voices would travel in the clear.
+    """Options of the listener's TLS, none without files; warns where keys and voices would travel in the clear.
 
     Raises:
         ConfigError: one of the two files is missing, or they do not belong together.
@@ -115,20 +117,30 @@ def check_port(host: str, port: int) -> int:
     """Make sure that ``port`` is free on ``host``; 0 finds a free one, which is returned.
 
     Raises:
-        ResourceError: it is taken, or the host or port cannot be bound.
+        ResourceError: see :func:`listening_socket`.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), port))
-            probe.listen(1)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ResourceError(
-                f"port {port} on {host} cannot be used ({reason}); stop what listens there, or choose another --port"
-            ) from None
+    with listening_socket(host, port) as probe:
         return int(probe.getsockname()[1])
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        ResourceError: the port is taken, or the host or port cannot be bound.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host.strip("[]"), port))
+        listening.listen(BACKLOG)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ResourceError(
+            f"port {port} on {host} cannot be used ({reason}); stop what listens there, or choose another --port"
+        ) from None
+    return listening
 
 
 class Guard:

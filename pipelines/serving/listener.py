@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +11,9 @@ from ray.serve.handle import DeploymentHandle
 
 from omni_ray.types.errors import ResourceError
 from pipelines.serving.gateway import ServeGateway
+from pipelines.serving.guard import listening_socket
 from pipelines.serving.realtime.socket import MOST_FRAME_CHARACTERS
 
-BACKLOG = 512
 DRAIN_S = 3
 """Time for answers in progress and for live conversations to take leave; those are told 1012, come again."""
 
@@ -52,7 +51,7 @@ class ListeningGateway(ServeGateway):
             **listen.tls,  # type: ignore[arg-type]
         )
         self._server = uvicorn.Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[_bound(listen)]))
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listening_socket(listen.host, listen.port)]))
 
     def check_health(self) -> None:
         """Ray Serve asks; a gateway that no longer listens is replaced.
@@ -67,22 +66,6 @@ class ListeningGateway(ServeGateway):
         """Take nothing new, let go of clients in order, return when all have gone."""
         self._server.should_exit = True
         await asyncio.wait({self._serving}, timeout=2 * DRAIN_S)
-
-
-def _bound(listen: Listen) -> socket.socket:
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((listen.host.strip("[]"), listen.port))
-        bound.listen(BACKLOG)
-    except OSError as error:
-        bound.close()
-        raise ResourceError(
-            f"port {listen.port} on {listen.host} cannot be used ({error.strerror}); stop what listens there, or "
-            "choose another --port"
-        ) from None
-    return bound
 
 
 def on_this_node(chosen: dict[str, Any]) -> dict[str, Any]:

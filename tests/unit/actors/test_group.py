@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -80,8 +81,8 @@ def rows_of_rank(rank: int) -> Tensor:
     return torch.arange(count * 4, dtype=torch.float32).view(count, 4) + 100 * rank
 
 
-@pytest.mark.ray
-def test_group_of_three_processes(ray_cluster: None) -> None:
+def three_ranks(timeout_s: float) -> list[Any]:
+    """Three actors that have joined one group."""
     import ray
 
     # The class goes to the actors by value: they do not have this folder on their path.
@@ -89,7 +90,15 @@ def test_group_of_three_processes(ray_cluster: None) -> None:
     remote = ray.remote(GroupProbe)
     ranks = [remote.options(num_cpus=0.1).remote() for _ in range(3)]
     address = ray.get(ranks[0].address.remote())
-    ray.get([actor.join.remote(rank, address, 20.0) for rank, actor in enumerate(ranks)])
+    ray.get([actor.join.remote(rank, address, timeout_s) for rank, actor in enumerate(ranks)])
+    return ranks
+
+
+@pytest.mark.ray
+def test_group_of_three_processes(ray_cluster: None) -> None:
+    import ray
+
+    ranks = three_ranks(timeout_s=20.0)
     assert ray.get([actor.sum.remote(2.0**rank) for rank, actor in enumerate(ranks)]) == [7.0, 7.0, 7.0]
     items = {i: rows for rank in range(3) for (i, n), rows in _by_item(rank)}
     for num_chunks in (1, 3):
@@ -113,11 +122,7 @@ def test_a_peer_that_never_comes_is_waited_for_no_longer_than_the_time_out(ray_c
     """All three are alive; one does not enter the collective."""
     import ray
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    remote = ray.remote(GroupProbe)
-    ranks = [remote.options(num_cpus=0.1).remote() for _ in range(3)]
-    address = ray.get(ranks[0].address.remote())
-    ray.get([actor.join.remote(rank, address, 4.0) for rank, actor in enumerate(ranks)])
+    ranks = three_ranks(timeout_s=4.0)
     waiting = [ranks[rank].sum.remote(1.0) for rank in (0, 1)]
     for rank in (0, 1):
         text = rf"HangError: pool vision, rank {rank}, phase finish: the group of 3 did not answer within 4 s"

@@ -10,38 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_networks import SMALL_LANGUAGE
 
-from omni_ray.config.model import LanguageConfig, model_preset
+from omni_ray.config.model import model_preset
 from omni_ray.models import weights
 from omni_ray.models.llm import LanguageModel
 from omni_ray.types.errors import CheckpointError
-
-CONFIG = LanguageConfig(
-    vocab_size=40,
-    hidden_size=32,
-    num_layers=1,
-    num_attention_heads=2,
-    ffn_hidden_size=24,
-    q_lora_rank=12,
-    kv_lora_rank=8,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=6,
-    n_routed_experts=3,
-    zero_expert_num=2,
-    moe_topk=2,
-    target_ffn_experts=1.2,
-    expert_ffn_hidden_size=10,
-    routed_scaling_factor=1.5,
-    max_position_embeddings=64,
-    codec_vocab_size=40,
-)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    LanguageModel(CONFIG, seed=1).save_pretrained(folder)
+    LanguageModel(SMALL_LANGUAGE, seed=1).save_pretrained(folder)
     return folder
 
 
@@ -82,7 +62,7 @@ def test_published_names_and_shapes(saved: Path) -> None:
     assert want.items() <= shapes.items()
     assert not any("qkv_a" in name or "gate_up" in name for name in shapes)
     assert sum(t.numel() for t in tensors.values()) == sum(
-        t.numel() for t in LanguageModel(CONFIG).state_dict().values()
+        t.numel() for t in LanguageModel(SMALL_LANGUAGE).state_dict().values()
     )
 
 
@@ -113,7 +93,9 @@ def test_prediction_heads_and_rows_of_zero_experts_are_passed_over(folder: Path)
     }
     change_tensors(folder, **extra)
     loaded = LanguageModel.from_pretrained(folder)
-    assert torch.equal(loaded.model.embed_tokens.weight, LanguageModel(CONFIG, seed=1).model.embed_tokens.weight)
+    assert torch.equal(
+        loaded.model.embed_tokens.weight, LanguageModel(SMALL_LANGUAGE, seed=1).model.embed_tokens.weight
+    )
 
 
 def test_truncated_file_is_refused(folder: Path) -> None:
@@ -124,7 +106,7 @@ def test_truncated_file_is_refused(folder: Path) -> None:
 
 
 def test_missing_shard_is_named(folder: Path) -> None:
-    LanguageModel(CONFIG).save_pretrained(folder, max_shard_bytes=20_000)
+    LanguageModel(SMALL_LANGUAGE).save_pretrained(folder, max_shard_bytes=20_000)
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()
@@ -154,7 +136,7 @@ def test_config_without_our_keys_is_a_text_model(folder: Path) -> None:
 
 
 def test_bf16_folder_is_loaded_at_its_dtype(tmp_path: Path) -> None:
-    LanguageModel(CONFIG, seed=1).to(torch.bfloat16).save_pretrained(tmp_path)
+    LanguageModel(SMALL_LANGUAGE, seed=1).to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = LanguageModel.from_pretrained(tmp_path)
     assert loaded.model.embed_tokens.weight.dtype == torch.bfloat16
     assert loaded.logits(torch.arange(8)[None]).dtype == torch.bfloat16

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_networks import SMALL_LANGUAGE
 from torch import Tensor
 
-from omni_ray.config.model import AudioConfig, LanguageConfig, VisionConfig
+from omni_ray.config.model import AudioConfig, VisionConfig
 from omni_ray.models import released, weights
 from omni_ray.models.audio_encoder import AudioEncoder
 from omni_ray.models.kaldi_stats import read_cmvn, write_cmvn
@@ -27,25 +28,7 @@ from pipelines.cli_checkpoint import inspect
 from pipelines.released_folder import export_folder, import_folder
 
 REPOSITORY = Path(__file__).parents[3]
-LANGUAGE = LanguageConfig(
-    vocab_size=40,
-    hidden_size=32,
-    num_layers=1,
-    num_attention_heads=2,
-    ffn_hidden_size=24,
-    q_lora_rank=12,
-    kv_lora_rank=8,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=6,
-    n_routed_experts=3,
-    zero_expert_num=2,
-    moe_topk=2,
-    target_ffn_experts=1.2,
-    expert_ffn_hidden_size=10,
-    routed_scaling_factor=1.5,
-    codec_vocab_size=48,
-)
+LANGUAGE = SMALL_LANGUAGE.model_copy(update={"codec_vocab_size": 48})
 VISION = VisionConfig(
     hidden_size=16, num_heads=2, num_layers=2, intermediate_size=24, adaptor_dim=12, output_size=32, max_patches=5832
 )
