@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -61,22 +61,61 @@ def await_room(recipe: Recipe) -> None:
     until = time.monotonic() + recipe.pools.wait_s
     told = False
     while True:
-        there = ray.cluster_resources()
-        short = {name: amount for name, amount in asked(recipe).items() if amount > there.get(name, 0.0)}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        short = shortage(recipe, nodes)
         if not short:
             return
         if time.monotonic() >= until:
             break
         if not told:
-            emit("waiting_for_cluster", asked=spoken(short), there=spoken(there), at_most_s=recipe.pools.wait_s)
+            emit("waiting_for_cluster", short=short, at_most_s=recipe.pools.wait_s)
             told = True
         time.sleep(POLL_S)
-    name, amount = next(iter(short.items()))
     waited = f" after {recipe.pools.wait_s:g} s" if recipe.pools.wait_s else ""
     raise ResourceError(
-        f"the pools ask for {amount:g} {name}, yet the cluster has {there.get(name, 0.0):g}{waited}; "
-        f"lower pools.*.actors or pools.*.resources, add nodes, or set pools.wait_s to wait for an autoscaler"
+        f"{short}{waited}; lower pools.*.actors or pools.*.resources, add nodes, or set pools.wait_s to wait for an "
+        "autoscaler"
     )
+
+
+def shortage(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> str:
+    """Why nodes with these resources can never hold the pools; empty where nothing speaks against it.
+
+    The sums may suffice where no single node has room for one actor (or, colocated, for one device's actors).
+    """
+    for name, amount in asked(recipe).items():
+        there = sum(node.get(name, 0.0) for node in nodes)
+        if amount > there:
+            return f"the pools ask for {amount:g} {name}, yet the cluster has {there:g}"
+    for who, wanted in _together(recipe):
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
+            largest = "; ".join(sorted({spoken(node) for node in nodes}))
+            return f"{who} asks for {spoken(wanted)} on one node, yet the nodes have {largest}"
+    return ""
+
+
+def _together(recipe: Recipe) -> list[tuple[str, Mapping[str, float]]]:
+    """What must stand on one node, with a name for people."""
+    if recipe.placement == "colocate":
+        return [(f"device {number}", bundle) for number, bundle in enumerate(device_bundles(recipe))]
+    return [(f"one {name} actor", wants(pool_config(recipe, name).resources)) for name in POOL_NAMES]
+
+
+def device_bundles(recipe: Recipe) -> list[dict[str, float]]:
+    """Resources of every device of a colocated run: what its ranks ask for together."""
+    pools = {name: pool_config(recipe, name) for name in POOL_NAMES}
+    bundles: list[dict[str, float]] = [{} for _ in range(max(config.actors for config in pools.values()))]
+    for name, config in pools.items():
+        for rank in range(config.actors):
+            bundle = bundles[device_of(recipe, name, rank)]
+            for resource, amount in wants(config.resources).items():
+                bundle[resource] = bundle.get(resource, 0.0) + amount
+    return [bundle or {"CPU": 0.001} for bundle in bundles]
+
+
+def device_of(recipe: Recipe, pool: str, rank: int) -> int:
+    """Number of the device that a rank sits on, colocated."""
+    return rank * recipe.inner_dp if pool == "language" else rank
 
 
 class Places:
@@ -90,30 +129,16 @@ class Places:
         self.recipe = recipe
         self._group: Any = None
         if recipe.placement == "colocate":
-            self._group = placement_group(self._bundles(), strategy="PACK")
-
-    def device(self, pool: str, rank: int) -> int:
-        """Number of the device that a rank sits on."""
-        return rank * self.recipe.inner_dp if pool == "language" else rank
+            self._group = placement_group(device_bundles(recipe), strategy="PACK")
 
     def options(self, pool: str, rank: int) -> dict[str, Any]:
         """Ray actor options of a rank."""
         options = actor_options(pool_config(self.recipe, pool).resources)
         if self._group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=self.device(pool, rank)
+                placement_group=self._group, placement_group_bundle_index=device_of(self.recipe, pool, rank)
             )
         return options
-
-    def _bundles(self) -> list[dict[str, float]]:
-        pools = {name: pool_config(self.recipe, name) for name in POOL_NAMES}
-        bundles: list[dict[str, float]] = [{} for _ in range(max(config.actors for config in pools.values()))]
-        for name, config in pools.items():
-            for rank in range(config.actors):
-                bundle = bundles[self.device(name, rank)]
-                for resource, amount in wants(config.resources).items():
-                    bundle[resource] = bundle.get(resource, 0.0) + amount
-        return [bundle or {"CPU": 0.001} for bundle in bundles]
 
     def close(self) -> None:
         """Give the devices back."""

@@ -14,10 +14,13 @@ from actors.placement import Places, asked, await_room, pool_config, spoken
 from actors.pool_actor import PoolActor
 from actors.worker import Rank
 from omni_ray.config.recipe import Recipe
+from omni_ray.observability.events import emit
 from omni_ray.types.errors import ResourceError
 
 START_TIMEOUT_S = 300
 """Longest wait for actors to be placed and to build their networks; an autoscaler's new node fits into it."""
+TOLD_AFTER_S = 30.0
+"""After which the run says which ranks still wait for room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +76,31 @@ def build_pools(recipe: Recipe, pools: Mapping[str, Pool], resume_from: Path | N
     Raises:
         ResourceError: not all of them were placed and ready in time.
     """
+    until = time.monotonic() + START_TIMEOUT_S
+    placed = {(name, rank): a.where.remote() for name, pool in pools.items() for rank, a in enumerate(pool.actors)}
     waiting = []
     for pool in pools.values():
         waiting += pool.all("load", resume_from) if resume_from else pool.all("build")
+    homeless = not_placed(placed, TOLD_AFTER_S)
+    if homeless:
+        emit("waiting_for_room", ranks=homeless, free=spoken(ray.available_resources()), at_most_s=START_TIMEOUT_S)
     try:
-        ray.get(waiting, timeout=START_TIMEOUT_S)
+        ray.get(waiting, timeout=max(0.0, until - time.monotonic()))
     except ray.exceptions.GetTimeoutError:
+        homeless = not_placed(placed, 0.0)
+        where = f"no room for {homeless}" if homeless else "all are placed, and not all are built"
         raise ResourceError(
-            f"the pools did not start within {START_TIMEOUT_S} s: they ask for {spoken(asked(recipe))}, "
+            f"the pools did not start within {START_TIMEOUT_S} s ({where}): they ask for {spoken(asked(recipe))}, "
             f"and of the cluster {spoken(ray.available_resources())} is free; "
             "end what holds the rest, or lower pools.*.resources"
         ) from None
     join_groups(recipe, pools)
+
+
+def not_placed(placed: Mapping[tuple[str, int], Any], patience_s: float) -> str:
+    """Ranks that no node has taken yet, for people."""
+    _, pending = wait_for(list(placed.values()), patience_s)
+    return ", ".join(f"{name} rank {rank}" for (name, rank), ref in placed.items() if ref in pending)
 
 
 def join_groups(recipe: Recipe, pools: Mapping[str, Pool]) -> None:

@@ -127,6 +127,8 @@ def write_shard(
     try:
         if rank == 0:
             published.save_pretrained(folder / "model" / name)
+            for path in (folder / "model" / name).iterdir():
+                to_disk(path)
         weight_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
         write_optimizer(folder, name, optimizer, rank, ranks, weight_bytes)
     except Exception as problem:  # safetensors raises its own kind on a full disk
@@ -149,6 +151,11 @@ def write_optimizer(
     mine = {key: tensors[key] for key, owner in zip(keys, shard[1:], strict=True) if (owner - first) % ranks == rank}
     path = folder / "optimizer" / optimizer_file(name, rank, ranks)
     save_file(mine, path)
+    to_disk(path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk: a checkpoint takes its name only after that."""
     with path.open("rb") as written:
         os.fsync(written.fileno())
 

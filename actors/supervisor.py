@@ -16,8 +16,17 @@ from typing import Any
 
 import ray
 
-from actors.placement import POOL_NAMES, Places, await_room, pool_config
-from actors.pool import START_TIMEOUT_S, build_pools, join_groups, start_actor, start_pools, wait_for
+from actors.placement import POOL_NAMES, Places, await_room, pool_config, spoken
+from actors.pool import (
+    START_TIMEOUT_S,
+    TOLD_AFTER_S,
+    build_pools,
+    join_groups,
+    not_placed,
+    start_actor,
+    start_pools,
+    wait_for,
+)
 from actors.pool_actor import PoolActor
 from actors.worker import Rank
 from omni_ray.config.recipe import Recipe
@@ -185,7 +194,8 @@ class Supervisor:
         self.pools[name] = dataclasses.replace(self.pools[name], actors=tuple(actors))
 
     def _rewind(self, step: int, gone: Sequence[Named], sources: dict[str, Named | None]) -> None:
-        waiting = []
+        waiting: list[Any] = []
+        placed = {(name, rank): self.pools[name].actors[rank].where.remote() for name, rank in gone}
         for name, rank in gone:
             actor = self.pools[name].actors[rank]
             if name not in POOLS:
@@ -202,12 +212,15 @@ class Supervisor:
             for rank in range(len(self.pools[name])):
                 if (name, rank) not in gone:
                     waiting.append(self.pools[name].actors[rank].invoke.remote("rewind", step))
+        homeless = not_placed(placed, TOLD_AFTER_S)
+        if homeless:
+            emit("waiting_for_room", ranks=homeless, free=spoken(ray.available_resources()), at_most_s=START_TIMEOUT_S)
         try:
             ray.get(waiting, timeout=START_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
             raise ResourceError(
                 f"lost actors ({', '.join(f'{n} rank {r}' for n, r in gone)}) could not be replaced within "
-                f"{START_TIMEOUT_S} s; the cluster has {ray.available_resources()} free"
+                f"{START_TIMEOUT_S} s; of the cluster {spoken(ray.available_resources())} is free"
             ) from None
 
     def close(self) -> None:

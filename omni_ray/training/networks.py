@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def component_folder(recipe: Recipe, name: str) -> Path:
             "choose shipped, or a folder with vision/, audio/ and codec/"
         )
     return folder
+
+
+def check_widths(recipe: Recipe) -> None:
+    """Refuse, before anything starts, encoders whose rows do not fit the language model.
+
+    Raises:
+        ConfigError: names the component, its width, the language model's and the mend.
+    """
+    hidden = recipe.networks.language.hidden_size
+    for name in ("vision", "audio"):
+        folder = component_folder(recipe, name)
+        try:
+            width = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("output_size", hidden)
+        except ValueError as error:
+            raise ConfigError(f"{folder / 'config.json'} is no JSON ({error}); restore it") from error
+        if width != hidden:
+            raise ConfigError(
+                f"{folder} makes rows {width} wide, yet the language model's hidden_size is {hidden}; train the "
+                f"component with output_size {hidden}, or choose a model section with hidden_size {width}"
+            )
 
 
 def components_fingerprint(recipe: Recipe) -> str:

@@ -49,7 +49,7 @@ def resume_point(recipe: Recipe, out: Path, resume: bool) -> ResumePoint:
     Raises:
         CheckpointError: ``out`` holds checkpoints and ``resume`` is False, or they come from another recipe or data.
     """
-    newest = store.newest(out / "checkpoints")
+    newest = store.newest_to_resume(out / "checkpoints")
     if newest is None:
         return ResumePoint(step=0, checkpoint=None, guarantees=guarantees(StepBuilder(recipe, data_root(recipe))))
     if not resume:

@@ -28,6 +28,7 @@ from omni_ray.observability.events import emit
 from omni_ray.observability.metrics import MetricsWriter
 from omni_ray.observability.progress import Progress
 from omni_ray.training.gap_measure import is_measured
+from omni_ray.training.networks import check_widths
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.types.batch import StepPlan
 from omni_ray.types.errors import CheckpointError, ResourceError
@@ -88,6 +89,7 @@ def train(
         ConfigError, DataError, ResourceError: as their texts say.
     """
     started = time.monotonic()
+    check_widths(recipe)
     root = data_root(recipe)
     with ExitStack() as stack:
         stack.enter_context(lock_run(out))

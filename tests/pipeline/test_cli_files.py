@@ -209,4 +209,7 @@ def test_a_weight_file_cut_short_is_refused(
     shutil.copytree(tiny_checkpoint, folder)
     (shard,) = (folder / "model/vision").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:keep])
+    named = refusal(capsys, "checkpoint", "inspect", str(folder))
+    assert f"(model/vision/{shard.name} has {shard.stat().st_size} bytes, written were " in named
+    (folder / "sizes.json").unlink()  # checkpoints of before this file
     assert f"{shard} " in refusal(capsys, "checkpoint", "inspect", str(folder))
