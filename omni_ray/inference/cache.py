@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,18 @@ PAGE_ROWS = 64
 """Rows of one page; a multiple of :data:`KEY_TILE`."""
 KEY_TILE = 16
 """Keys are read in multiples of this: fewer than 16 columns change the bits of a product."""
+VALUE_BLOCK = 256
+"""Keys of one sum over values: longer sums are split by the library at places that depend on their length."""
 FIRST_PAGES = 16
+
+
+class Keys(NamedTuple):
+    """The first L rows of a sequence in one slot, L a multiple of :data:`KEY_TILE`; rows past the end are finite."""
+
+    turned_XL: Tensor
+    """Scaled latent, then turned rotary key, of every row."""
+    value_blocks: tuple[Tensor, ...]
+    """The latents [at most VALUE_BLOCK, C], block after block."""
 
 
 @dataclass(slots=True)
@@ -28,6 +40,8 @@ class _Sequence:
     """First row of the storage when the pages follow each other, so that reading them needs no copy."""
     index: Tensor | None = None
     """Storage row of every row of scattered pages."""
+    views: tuple[int, list[Keys]] | None = None
+    """Rows read, and every slot's view of them, of pages that follow each other."""
 
 
 class LatentCache:
@@ -121,16 +135,22 @@ class LatentCache:
         """Rows written past the end now belong to the sequence."""
         self._sequences[sequence].length += rows
 
-    def keys(self, slot: int, sequence: int, length: int) -> Tensor:
-        """The first rows of a sequence, [L, C + R], L rounded up to :data:`KEY_TILE`; what lies past it is finite."""
+    def keys(self, slot: int, sequence: int, length: int) -> Keys:
+        """The first rows of a sequence in one slot, as decoding reads them."""
         entry = self._sequences[sequence]
         padded = length + -length % KEY_TILE
         if entry.start is not None:
-            return self._slots[slot].narrow(0, entry.start, padded)
+            if entry.views is None or entry.views[0] != padded:
+                rows = self._rows.narrow(1, entry.start, padded)
+                entry.views = padded, [self._views(rows_LX) for rows_LX in rows.unbind(0)]
+            return entry.views[1][slot]
         if entry.index is None:
             rows_P1 = torch.tensor(entry.pages)[:, None] * PAGE_ROWS
             entry.index = (rows_P1 + torch.arange(PAGE_ROWS)).flatten().to(self._rows.device)
-        return self._slots[slot].index_select(0, entry.index[:padded])
+        return self._views(self._slots[slot].index_select(0, entry.index[:padded]))
+
+    def _views(self, rows_LX: Tensor) -> Keys:
+        return Keys(rows_LX.t(), rows_LX[:, : self.rank].split(VALUE_BLOCK))
 
     def crop(self, sequence: int, length: int) -> None:
         """Forget the rows of one sequence from ``length`` on; costs nothing but a few list entries.
@@ -169,7 +189,7 @@ class LatentCache:
                 self._used[page] = 0
 
     def _lay(self, entry: _Sequence, pages: list[int]) -> None:
-        entry.pages, entry.index = pages, None
+        entry.pages, entry.index, entry.views = pages, None, None
         straight = all(page == pages[0] + place for place, page in enumerate(pages))
         entry.start = (pages[0] * PAGE_ROWS if pages else 0) if straight else None
 
@@ -241,6 +261,8 @@ class LatentCache:
         grown = self._rows.new_zeros(self.slots, wanted * PAGE_ROWS, self.width)
         grown[:, : have * PAGE_ROWS] = self._rows
         self._rows, self._slots = grown, grown.unbind(0)
+        for entry in self._sequences.values():
+            entry.views = None
         self._used.extend(bytes(wanted - have))
         self._users.extend([0] * (wanted - have))
         return bytes(count) in self._used

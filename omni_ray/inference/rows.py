@@ -158,7 +158,12 @@ class RowSampler:
         self.any_drawn = bool((self.temperature_B > 0).any())
 
     def _choose(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        return choose(logits_BV, self.temperature_B, uniform_B) if self.any_drawn else logits_BV.argmax(dim=-1)
+        if self.any_drawn:
+            return choose(logits_BV, self.temperature_B, uniform_B)
+        if logits_BV.is_cpu:
+            # Torch's takes 7 microseconds a row on CPU; both name the first of equals.
+            return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))
+        return logits_BV.argmax(dim=-1)
 
     def _text(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         mask_BV = torch.where(self.voice_B.unsqueeze(1), self._voice_mask, self._text_mask)

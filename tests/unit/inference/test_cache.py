@@ -27,7 +27,7 @@ def put(cache: LatentCache, sequence: int, values: list[float]) -> None:
 
 def read(cache: LatentCache, sequence: int, slot: int = 0) -> list[float]:
     length = cache.length(sequence)
-    keys_LX = cache.keys(slot, sequence, length)
+    keys_LX = cache.keys(slot, sequence, length).turned_XL.t()
     assert len(keys_LX) % KEY_TILE == 0
     assert bool(torch.isfinite(keys_LX).all())
     return (keys_LX[:length, 0] - slot).tolist()
@@ -94,7 +94,7 @@ def test_a_page_is_zeros_for_its_next_owner() -> None:
     cache.close(first)
     second = cache.open()
     put(cache, second, [1.0])
-    assert cache.keys(0, second, 16)[1:].abs().sum() == 0
+    assert cache.keys(0, second, 16).turned_XL[:, 1:].abs().sum() == 0
 
 
 def test_crop_beyond_the_end_is_refused() -> None:

@@ -149,6 +149,8 @@ def test_absorbed_attention_equals_the_expanded_one(config: LanguageConfig) -> N
     with torch.no_grad():
         held = row_weights(model).layers[0].attention[0]
         q, latent, k_rope = attention.project(x_TH)
+        # Decoding keeps latents over their norm; gain and scale are in the weights behind them.
+        latent = latent / (attention.kv_a_layernorm.weight * attention.kv_gain * math.sqrt(attention.kv_rank))
         k_rope = turn.turned(k_rope[None, :, None])[0, :, 0]
         q_rope = turn.turned(q[None, ..., attention.nope :])[0]
         query = torch.cat([torch.einsum("thn,hnc->thc", q[..., : attention.nope], held.key_up), q_rope], dim=2)
@@ -156,5 +158,5 @@ def test_absorbed_attention_equals_the_expanded_one(config: LanguageConfig) -> N
         future = torch.ones(9, 9, dtype=torch.bool).triu(1)[:, None]
         probs = scores.masked_fill(future, -math.inf).softmax(-1)
         mixed = torch.einsum("ths,sc->thc", probs, latent)
-        out = torch.einsum("thc,hce->the", mixed, held.value_up).flatten(1) @ held.out
+        out = torch.einsum("thc,hce->the", mixed, held.value_up).flatten(1) @ torch.cat(held.out, dim=1)
     torch.testing.assert_close(out, whole, rtol=1e-4, atol=1e-5)

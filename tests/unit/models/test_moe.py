@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_ray.config.model import LanguageConfig, model_preset
-from omni_ray.inference.cache import LatentCache
-from omni_ray.inference.row_forward import RowForward
+from omni_ray.inference.row_memory import RowMemory
+from omni_ray.inference.row_mixture import mixture
 from omni_ray.inference.row_weights import row_weights
 from omni_ray.models.layers import RMSNorm, row_padded, swiglu
 from omni_ray.models.llm import LanguageModel
@@ -68,13 +68,12 @@ def test_inference_kernel_equals_the_training_one_and_ignores_neighbours() -> No
     model = LanguageModel(CONFIG)
     model.model.layers[0].mlp = moe()
     held = row_weights(model)
-    forward = RowForward(held, 1e4, LatentCache(CONFIG))
     u = torch.randn(50, CONFIG.hidden_size)
 
     def kernel(rows: slice) -> Tensor:
-        count = len(u[rows])
-        padded = F.pad(u[rows], (0, 0, 0, held.padded(count) - count))
-        return forward._mixture(padded, held.layers[0].experts, count)
+        memory = RowMemory(held, len(u[rows]))
+        memory.u_real_TH.copy_(u[rows])
+        return mixture(memory, held.layers[0].experts)
 
     with torch.inference_mode():
         whole = kernel(slice(0, 50))
