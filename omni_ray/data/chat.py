@@ -103,14 +103,14 @@ def answer_text(ids: Iterable[int], tokenizer: Tokenizer) -> str:
 
 def loss_counts(encoded: EncodedSample) -> dict[str, int]:
     """Rows with a target per loss term; a codec answer of N frames counts N + 1 for head 0 and N for heads 1 to 3."""
-    has_label_T = encoded.labels_T5[:, 0] != IGNORE
     kinds = {
         "text": LossKind.TEXT,
         "audio_text": LossKind.AUDIO_TEXT,
         "pad_text": LossKind.PAD_TEXT,
         "vision": LossKind.VISION,
     }
-    counts = {name: int((has_label_T & (encoded.loss_kind_T == kind)).sum()) for name, kind in kinds.items()}
+    rows_by_kind = np.bincount(encoded.loss_kind_T[encoded.labels_T5[:, 0] != IGNORE], minlength=len(LossKind))
+    counts = {name: int(rows_by_kind[kind]) for name, kind in kinds.items()}
     rows = [span.length for span in encoded.spans if span.target]
     counts["audio_0"] = sum(rows)
     return counts | {f"audio_{level}": sum(rows) - len(rows) for level in range(1, NUM_CODEBOOKS)}
@@ -133,7 +133,7 @@ class _Writer:
         self.sample, self.tokenizer, self.model = sample, tokenizer, model
         self.chance = chance
         self.ids: list[int] = []
-        self.terms: list[LossKind] = []
+        self.terms: list[int] = []  # of LossKind, which numpy reads ten times as slowly as whole numbers
         self.spans: list[MediaSpan] = []
         self.all_rows = sample.kind in WHOLE_KINDS
         self.messages = [self._expanded(message) for message in sample.messages]
@@ -298,7 +298,7 @@ class _Writer:
             )
         pads = rows - len(words)
         self.ids += [*words, *[tokenizer.pad_id] * pads]
-        self.terms += [LossKind.AUDIO_TEXT] * len(words) + [LossKind.PAD_TEXT] * pads
+        self.terms += [int(LossKind.AUDIO_TEXT)] * len(words) + [int(LossKind.PAD_TEXT)] * pads
         return final
 
     def _span(self, modality: Modality, name: str, kind: str, length: int, cost: float, **more: Any) -> None:
@@ -309,11 +309,11 @@ class _Writer:
     def _add(self, ids: Sequence[int], learn: bool) -> None:
         term = self.term if learn or self.all_rows else LossKind.NONE
         self.ids += ids
-        self.terms += [term] * len(ids)
+        self.terms += [int(term)] * len(ids)
 
     def _placeholders(self, token: int, rows: int) -> None:
         self.ids += [token] * rows
-        self.terms += [LossKind.NONE] * rows
+        self.terms += [int(LossKind.NONE)] * rows
 
     def _samples(self, name: str, sample_rate_hz: int) -> int:
         return count_samples(self._media(name), self._where(name), sample_rate_hz)

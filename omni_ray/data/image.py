@@ -184,13 +184,15 @@ def resize(pixels_HW3: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.u
     """Bicubic with antialiasing to (height, width); within 1 of PIL's values, in a quarter of its time."""
     if pixels_HW3.shape[:2] == size:
         return pixels_HW3
-    writable = pixels_HW3 if pixels_HW3.flags.writeable else pixels_HW3.copy()
-    whole = torch.from_numpy(writable).permute(2, 0, 1)[None]
+    writable = pixels_HW3 if pixels_HW3.flags.c_contiguous and pixels_HW3.flags.writeable else pixels_HW3.copy("C")
+    height, width, channels = writable.shape
+    # Only with the stride of a real batch does torch see that channels stand last; else it resizes plane by plane.
+    whole = torch.from_numpy(writable).as_strided(
+        (1, channels, height, width), (writable.size, 1, width * channels, channels)
+    )
     sized = torch.nn.functional.interpolate(whole, size, mode="bicubic", antialias=True)
-    out_HW3 = np.empty((*size, 3), dtype=np.uint8)
-    for channel in range(3):  # plane by plane is three times as fast as one transposing copy
-        out_HW3[..., channel] = sized[0, channel].numpy()
-    return out_HW3
+    out_HW3: NDArray[np.uint8] = sized[0].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(out_HW3)
 
 
 def patchify(frames_FHW3: NDArray[np.uint8], config: VisionConfig) -> Patches:

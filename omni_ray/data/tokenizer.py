@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers as hf
@@ -36,6 +37,8 @@ RESERVED: tuple[str, ...] = (
 )
 """Names of ids 0..15 (source: networks.md section 5)."""
 
+_SHORT, _REMEMBERED = 32, 4096
+"""Texts of so many characters, and how many of them are kept: roles, newlines and times come in every sample."""
 _FIRST_MASK = 110
 # The published tokenizer keeps the ten tokens in slots <mask_110>..<mask_119>, in this order.
 _MASK_NAMES = {name: f"<mask_{_FIRST_MASK + i}>" for i, name in enumerate(RESERVED[4:14])}
@@ -63,6 +66,7 @@ class Tokenizer:
         self._inner = inner
         self._inner.encode_special_tokens = True
         self._special = {name: self._find(name) for name in RESERVED[:14]}
+        self._short = lru_cache(maxsize=_REMEMBERED)(self._ids)
 
     @staticmethod
     def learn(texts: Iterable[str], max_size: int = 1024) -> Tokenizer:
@@ -121,7 +125,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; no special token is added or recognised."""
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        return list(self._short(text) if len(text) <= _SHORT else self._ids(text))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._inner.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens and placeholders leave no trace."""
