@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class _Run:
                 self._drain()
                 self.gap.update(step)
                 self.next_plan = self.feeder.plan.remote(step)
-            self.flying.append(self.driver.submit(self._plan(step)))
+            self.flying.append(self.driver.submit(self._plan(step), partial(self._ask_plan, step + 1)))
             done = step + 1
             last = stop.is_set() or done == recipe.total_steps
             if done % recipe.checkpoint.snapshot_every == 0 and not last:
@@ -276,8 +277,6 @@ class _Run:
         except ray.exceptions.GetTimeoutError:
             text = f"step {step}: pool feeder, rank 0, phase plan: no plan came within {limit:g} s"
             raise StuckError(text, [FEEDER]) from None
-        if step + 1 < self.recipe.total_steps and not self.gap.due(step + 1):
-            self.next_plan = self.feeder.plan.remote(step + 1)
         if not self.plans.write(plan):
             return plan  # a replay: its bad samples are counted already
         self.bad.add((name for batch in plan.micro_batches for name in batch.samples), bad)
@@ -285,6 +284,10 @@ class _Run:
             emit("bad_sample", step=step, sample=sentence)
         self.bad.check()
         return plan
+
+    def _ask_plan(self, step: int) -> None:
+        if step < self.recipe.total_steps and not self.gap.due(step):
+            self.next_plan = self.feeder.plan.remote(step)
 
     def _drain(self) -> None:
         while self.flying:

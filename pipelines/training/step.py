@@ -103,11 +103,19 @@ class StepDriver:
         handles = {name: pool.all("set_stage", index) for name, pool in self.pools.items()}
         self.live = {name: any(ray.get(refs)) for name, refs in handles.items()}
 
-    def submit(self, plan: StepPlan) -> StepHandles:
-        """Submit a whole step."""
+    def submit(self, plan: StepPlan, asked: Callable[[], None] | None = None) -> StepHandles:
+        """Submit a whole step.
+
+        Args:
+            plan: Of the step.
+            asked: Called when the feeder has been asked for the step's parts, which it gives in the order asked: a
+                plan that is asked for here cannot hold them up.
+        """
         with span("submit", step=plan.step):
             step = _Step(plan=plan, routes=RouteTable.of(plan))
             self._ask_payloads(step)
+            if asked is not None:
+                asked()
             for call in call_order(self.recipe.schedule.kind, plan.order, self.window):
                 if call.kind == Kind.ENCODE:
                     self._encode(step, call.micro_batch)
