@@ -56,4 +56,4 @@ def draw_dataset(recipe: Recipe, root: Path, state: OrderState | None, first: in
             metadata = BlockMetadata(num_rows=stop - first, size_bytes=None, exec_stats=None)
             return [ReadTask(lambda: drawn_blocks(recipe, root, state, first, stop), metadata)]
 
-    return ray.data.read_datasource(Draws(), override_num_blocks=1, ray_remote_args={"num_cpus": 0.5})
+    return ray.data.read_datasource(Draws(), override_num_blocks=1, num_cpus=0.5)

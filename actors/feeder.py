@@ -28,6 +28,9 @@ from omni_ray.types.batch import StepPlan
 from omni_ray.types.modality import Modality
 
 STEPS_PER_BLOCK = 4
+BLOCK_BYTES = 4096
+"""Ray Data joins rows into blocks of so many bytes before it passes them on: a few draws, or one prepared step. By its
+default, 128 MiB, the draws of a whole curriculum were one block, for one decode worker, before the first plan."""
 KEPT_POSITIONS = 64
 """Data positions that are kept behind the newest plan; a checkpoint asks for one of the last few."""
 PAUSE_S = 0.02
@@ -152,13 +155,7 @@ class Feeder:
     def _stream(self, first: int) -> Iterator[dict[str, Any]]:
         import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        context.custom_execution_callback_classes = [_breathing_callback()]
-        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-            object_store_memory=200e6
-        )
+        use_small_blocks()
         stop = next_measurement(self.recipe, first)  # what comes after has weights that are not known yet
         if needs_drawing(self.recipe, first, stop):
             steps = draw_dataset(self.recipe, self.root, self.state, first, stop)
@@ -173,6 +170,20 @@ class Feeder:
             num_cpus=1,
         )
         return iter(prepared.iter_rows())
+
+
+def use_small_blocks() -> None:
+    """Set Ray Data in this process so that steps stream: in order, a few at a time, in bounded memory."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_breathing_callback()]
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=200e6
+    )
 
 
 def _breathing_callback() -> type:
