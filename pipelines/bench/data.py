@@ -1,8 +1,8 @@
 """Data: samples a second through Ray Data over a plain loader of the same shards, and who waits for data in training.
 
 Our side draws, decodes, writes rows and plans of micro-batches (mix, decode, pack) in Ray Data and gives them out as
-the feeder does; the plain side decodes to the same sizes and collates. Both with as many decoding workers as there are
-cores; one process after the other, in turns, each measured after ten seconds of steady running.
+the feeder does; the plain side decodes the same frames to the same sizes and collates. Both with as many decoding
+workers as there are cores; one process after the other, in turns, each measured after ten seconds of steady running.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ import torch
 
 from actors.cluster import local_or_joined
 from actors.feeder import Feeder
+from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.prepare import PreparedStep, StepBuilder
-from pipelines.bench.data_material import CLIPS_A_STEP, PICTURES_A_STEP, material_recipe, write_material
-from pipelines.bench.data_plain import PlainDecode, plain_loader
-from pipelines.bench.data_starved import packing_fill, starved_fraction
+from pipelines.bench.data_material import CLIPS, SHARDS, SHARES, material_recipe, write_material
+from pipelines.bench.data_plain import PlainDecode, clip_looks, plain_loader
+from pipelines.bench.data_starved import starved_figures
+from pipelines.bench.packing_fill import packing_fill
 from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured
+from pipelines.training.data_root import data_root
 
 WARM_S, WINDOW_S = 10.0, 8.0
 """Before a window opens, and how long it is."""
-PICTURE_SIZE, CLIP_SIZE, CLIP_FRAMES = (224, 224), (56, 84), 12
-"""What both sides decode to: the tiny encoder's native resolution of these media."""
+PICTURE_SIZE = (224, 224)
+"""What both sides decode pictures to: the tiny encoder's native resolution of them."""
 
 
 def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
@@ -42,28 +45,31 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="omni-data-") as folder:
         root = Path(folder)
-        write_material(root, seed)
+        clips = write_material(root, seed)
         recipe = material_recipe(root, workers, seed)
-        alone = _in_process(root, recipe, 3 if quick else 5)
+        decode = PlainDecode(PICTURE_SIZE, clip_looks(clips, recipe.networks.vision))
+        alone = _in_process(root, recipe, decode, 3 if quick else 5)
         with local_or_joined():
-            stream = _through_ray(root, recipe, workers, repeats)
-            starved = starved_fraction(seed, quick)
+            stream = _through_ray(root, recipe, decode, repeats)
+            starved = starved_figures(seed)
+    tiny = load_recipe("tiny", [f"seed={seed}"])
     return BenchReport(
         bench="data",
-        environment=environment(seed=seed, quick=quick, workers=workers),
-        figures=(*stream, *alone, starved, packing_fill(seed)),
+        environment=environment(seed=seed, quick=quick, workers=workers, films=len(set(clips))),
+        figures=(*stream, *alone, *starved, packing_fill(data_root(tiny), seed)),
     )
 
 
-def _through_ray(root: Path, recipe: Recipe, workers: int, repeats: int) -> tuple[Figure, ...]:
+def _through_ray(root: Path, recipe: Recipe, decode: PlainDecode, repeats: int) -> tuple[Figure, ...]:
     decoded_here: list[float] = []
+    workers = recipe.data.workers
 
     def ours() -> float:
         rate, fraction = feeder_rate(Feeder(recipe, root, 0))
         decoded_here.append(fraction)
         return rate
 
-    plain = plain_loader(root, _plain_decode(), workers, (PICTURES_A_STEP, CLIPS_A_STEP))
+    plain = plain_loader(root, decode, workers, SHARES, CLIPS // SHARDS)
     rates = alternate({"ray": ours, "plain": lambda: window_rate(plain(), len)}, repeats)
     ratios = [a / b for a, b in zip(rates["ray"], rates["plain"], strict=True)]
     against = f"webdataset + torchvision/PyAV in torch's DataLoader; {workers} workers each, 28 JPEGs to 4 films"
@@ -82,10 +88,10 @@ def _through_ray(root: Path, recipe: Recipe, workers: int, repeats: int) -> tupl
     )
 
 
-def _in_process(root: Path, recipe: Recipe, repeats: int) -> tuple[Figure, ...]:
+def _in_process(root: Path, recipe: Recipe, decode: PlainDecode, repeats: int) -> tuple[Figure, ...]:
     builder = StepBuilder(recipe, root)
     step = iter(range(recipe.total_steps))
-    plain = plain_loader(root, _plain_decode(), 0, (PICTURES_A_STEP, CLIPS_A_STEP))()
+    plain = plain_loader(root, decode, 0, SHARES, CLIPS // SHARDS)()
 
     def rate(take: Callable[[], int]) -> float:
         take()
@@ -144,7 +150,3 @@ def feeder_rate(feeder: Feeder) -> tuple[float, float]:
 
 def _samples(prepared: PreparedStep) -> int:
     return sum(len(batch.samples) for batch in prepared.plan.micro_batches)
-
-
-def _plain_decode() -> PlainDecode:
-    return PlainDecode(PICTURE_SIZE, CLIP_SIZE, CLIP_FRAMES)

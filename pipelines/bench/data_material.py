@@ -19,7 +19,8 @@ from omni_ray.data.video import encode_mp4
 
 PICTURES, CLIPS, SHARDS = 600, 48, 4
 """Samples of each source; both sides go round them."""
-PICTURES_A_STEP, CLIPS_A_STEP = 28, 4
+SHARES = {"picture": 28, "clip": 4}
+"""Samples of each source in a step."""
 SIDE = 512
 CLIP_SIZE, CLIP_FRAMES, CLIP_FPS = (240, 320), 72, 24
 """The generated films: three seconds."""
@@ -27,8 +28,11 @@ CAPTION = "a {colour} hill under a {colour} sky, seen from the road on a quiet m
 COLOURS, MONTHS = ("red", "green", "blue", "golden", "grey"), ("may", "june", "october")
 
 
-def write_material(root: Path, seed: int) -> None:
-    """Write ``picture/`` and ``clip/`` shards, a tokenizer and a manifest below ``root``."""
+def write_material(root: Path, seed: int) -> list[bytes]:
+    """Write ``picture/`` and ``clip/`` shards, a tokenizer and a manifest below ``root``; returns the films.
+
+    Every shard holds as many of each film, so that no stretch of the order is dearer than another.
+    """
     rng = np.random.default_rng(seed)
     captions = [CAPTION.format(colour=c, month=m) for c in COLOURS for m in MONTHS]
     Tokenizer.learn([*captions, "USER:\nASSISTANT:"], 512).save(root / "tokenizer.json")
@@ -37,7 +41,7 @@ def write_material(root: Path, seed: int) -> None:
     clips = real_clips() or [film(rng) for _ in range(12)]
     for name, ending, media in (
         ("picture", "jpg", pictures),
-        ("clip", "mp4", [clips[i % len(clips)] for i in range(CLIPS)]),
+        ("clip", "mp4", [clips[(i // SHARDS) % len(clips)] for i in range(CLIPS)]),
     ):
         (root / name).mkdir()
         for shard in range(SHARDS):
@@ -46,6 +50,7 @@ def write_material(root: Path, seed: int) -> None:
                     _add(tar, f"{name}-{number:06d}.{ending}", media[number])
                     _add(tar, f"{name}-{number:06d}.txt", captions[number % len(captions)].encode())
     (root / "manifest.json").write_text(json.dumps({"seed": seed}))
+    return clips
 
 
 def material_recipe(root: Path, workers: int, seed: int, cache_bytes: int = 0) -> Recipe:
@@ -53,11 +58,11 @@ def material_recipe(root: Path, workers: int, seed: int, cache_bytes: int = 0) -
     stage = {
         "name": "S2",
         "steps": 4000,
-        "mixture": {"picture": PICTURES_A_STEP, "clip": CLIPS_A_STEP},
+        "mixture": dict(SHARES),
         "trainable": ["language"],
         "seq_len": 4096,
     }
-    sources = {name: {"path": "{data}/" + name} for name in ("picture", "clip")}
+    sources = {name: {"path": "{data}/" + name} for name in SHARES}
     data = {"root": str(root), "sources": sources, "workers": workers, "cache_bytes": cache_bytes}
     return check_recipe({"size": "tiny", "seed": seed, "stages": [stage], "data": data})
 

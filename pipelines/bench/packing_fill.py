@@ -21,7 +21,8 @@ ROWS = 100_000
 SEQUENCES = 4
 LOG_NORMAL = {"60 rows, sigma 0.8, budget 512": (60, 0.8, 512), "300 rows, sigma 1, budget 4096": (300, 1.0, 4096)}
 """Name -> median, sigma, budget; longer samples are cut to the budget."""
-TINY_BUDGET = 512
+TINY = (("S3", 512), ("SFT", 512), ("SFT", 1024))
+"""Stage and budget."""
 
 
 def packing_fill(root: Path, seed: int) -> Figure:
@@ -32,8 +33,8 @@ def packing_fill(root: Path, seed: int) -> Figure:
     """
     fills: dict[str, float] = {}
     for kind in KINDS:
-        for stage in ("S3", "SFT"):
-            fills[f"{kind}, tiny world {stage}"] = _tiny(root, stage, kind, seed)
+        for stage, budget in TINY:
+            fills[f"{kind}, tiny world {stage}, budget {budget}"] = _tiny(root, stage, kind, budget, seed)
         for name, (median, sigma, budget) in LOG_NORMAL.items():
             fills[f"{kind}, log-normal {name}"] = _log_normal(median, sigma, budget, kind, seed)
     worst = min(fills, key=lambda name: fills[name])
@@ -49,14 +50,14 @@ def packing_fill(root: Path, seed: int) -> Figure:
     )
 
 
-def _tiny(root: Path, name: str, kind: str, seed: int) -> float:
+def _tiny(root: Path, name: str, kind: str, budget: int, seed: int) -> float:
     """A stage's sources as the recipe mixes them, packed."""
     recipe = load_recipe("tiny", [f"data.root={root}", f"seed={seed}"])
     stage = next(stage for stage in recipe.stages if stage.name == name).model_dump(mode="json")
-    stage |= {"steps": 10**6, "micro_batches": SEQUENCES, "packing": {"kind": kind, "budget": TINY_BUDGET}}
-    stage["seq_len"] = min(stage["seq_len"], TINY_BUDGET)
+    stage |= {"steps": 10**6, "micro_batches": SEQUENCES, "packing": {"kind": kind, "budget": budget}}
+    stage["seq_len"] = min(stage["seq_len"], budget)
     builder = StepBuilder(check_recipe(recipe.model_dump(mode="json") | {"stages": [stage]}), root)
-    return _filled(builder.planner, TINY_BUDGET)
+    return _filled(builder.planner, budget)
 
 
 def _log_normal(median: float, sigma: float, budget: int, kind: str, seed: int) -> float:
