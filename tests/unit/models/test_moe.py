@@ -11,6 +11,7 @@ from omni_ray.config.model import LanguageConfig, model_preset
 from omni_ray.inference.row_memory import RowMemory
 from omni_ray.inference.row_mixture import mixture
 from omni_ray.inference.row_weights import row_weights
+from omni_ray.models import grouped_experts
 from omni_ray.models.layers import RMSNorm, row_padded, swiglu
 from omni_ray.models.llm import LanguageModel
 from omni_ray.models.moe import MoE, balance_loss, expert_counts
@@ -62,6 +63,39 @@ def test_forward_and_gradients_equal_the_slow_one() -> None:
     torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4)
     for (name, a), b in zip(ours.named_parameters(), slow.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 40])
+def test_blocks_of_rows_change_no_result(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    u = torch.randn(40, CONFIG.hidden_size)
+
+    def forward_backward() -> list[Tensor]:
+        module, x = moe(), u.clone().requires_grad_()
+        out, _ = module(x)
+        out.square().sum().backward()
+        return [out, *(tensor.grad for tensor in (x, *module.parameters()) if tensor.grad is not None)]
+
+    whole = forward_backward()
+    monkeypatch.setattr(grouped_experts, "BLOCK_ROWS", rows)
+    for mine, want in zip(forward_backward(), whole, strict=True):
+        assert (mine - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [3, 0, 2], [5, 1, 9], [0, 12, 0], [1, 1, 8]])
+def test_blocks_cover_every_row_once_and_end_with_an_expert_unless_it_is_longer(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_experts, "BLOCK_ROWS", 4)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    seen: list[int] = []
+    for experts, rows, ends_E in grouped_experts._blocks(ends):
+        sizes = ends_E.diff(prepend=torch.zeros(1, dtype=ends_E.dtype))
+        mine = torch.repeat_interleave(torch.arange(len(counts))[experts], sizes)
+        assert torch.equal(mine, owners[rows])
+        assert len(mine) <= 4
+        seen += range(rows.start, rows.stop)
+    assert seen == list(range(len(owners)))
 
 
 def test_inference_kernel_equals_the_training_one_and_ignores_neighbours() -> None:
