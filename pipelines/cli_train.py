@@ -41,6 +41,7 @@ def train(args: Namespace) -> Outcome:
 
     recipe = load_recipe(args.recipe, args.set)
     out = (args.out or Path("runs") / Path(args.recipe).stem).resolve()
+    from omni_ray.training.realised import realised_text
     from pipelines.training.loop import train as run_training
     from pipelines.training.timeline import usage_text
 
@@ -48,6 +49,7 @@ def train(args: Namespace) -> Outcome:
     if result.finished:
         text = f"trained {result.step} steps in {result.seconds:.0f} s; checkpoint {result.checkpoint}"
         text += f"\n{usage_text(result.usage)}" if result.usage else ""
+        text += f"\n{realised_text(result.data, result.bad_samples)}" if result.data else ""
     else:
         text = f"stopped after step {result.step} of {recipe.total_steps}; the same command with --resume goes on"
     return Outcome(text=text, document=dataclasses.asdict(result))

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from omni_ray.observability.progress import Progress
 from omni_ray.training.gap_measure import is_measured
 from omni_ray.training.networks import check_widths
 from omni_ray.training.prepare import StepBuilder
+from omni_ray.training.realised import Realised, rows_of
 from omni_ray.types.batch import StepPlan
 from omni_ray.types.errors import CheckpointError, ResourceError
 from pipelines.training.checkpoint import CheckpointWriter, ResumePoint, lock_run, resume_point
@@ -66,6 +67,10 @@ class TrainResult:
     """Busy, transfer and waiting share of every pool."""
     recoveries: int = 0
     """How often lost actors were replaced."""
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What this call drew: stage -> rows by modality, rows and samples by source."""
+    bad_samples: Mapping[str, int] = field(default_factory=dict)
+    """Samples that could not be used, by source."""
 
 
 def train(
@@ -107,7 +112,8 @@ def train(
         found = usage(run.supervisor.pools, time.monotonic() - began)
         if timeline is not None:
             write_timeline(run.supervisor.pools, timeline)
-    return _result(out, done, recipe, started, found, run.recoveries)
+    ended = _result(out, done, recipe, started, found)
+    return replace(ended, recoveries=run.recoveries, data=run.realised.report(), bad_samples=run.bad.counts())
 
 
 def plan(recipe: Recipe, steps: int = 1) -> list[StepPlan]:
@@ -141,6 +147,7 @@ class _Run:
         self.plans = PlanLog(out / "plans.jsonl", first)
         self.progress = Progress("train", recipe.total_steps, done=first) if not quiet else None
         self.bad, self.clock = BadSamples(recipe.data.max_bad_fraction), time.monotonic()
+        self.realised = Realised()
         self.flying: deque[StepHandles] = deque()
         self.entered, self.ended = -1, first
         self.recoveries, self._in_a_row = 0, 0
@@ -279,6 +286,7 @@ class _Run:
             raise StuckError(text, [FEEDER]) from None
         if not self.plans.write(plan):
             return plan  # a replay: its bad samples are counted already
+        self.realised.add(plan)
         self.bad.add((name for batch in plan.micro_batches for name in batch.samples), bad)
         for sentence in bad:
             emit("bad_sample", step=step, sample=sentence)
@@ -296,10 +304,10 @@ class _Run:
     def _collect(self) -> None:
         """Wait for the oldest step, then note what became whole with it."""
         result = self.driver.collect(self.flying[0])
-        self.flying.popleft()
+        plan = self.flying.popleft().plan
         self.ended = result.step + 1
         self._in_a_row = 0
-        self._report(result)
+        self._report(result, plan)
         before = self.supervisor.confirmed
         self.supervisor.confirm(self.ended)
         confirmed = self.supervisor.confirmed
@@ -312,7 +320,7 @@ class _Run:
         if confirmed > self.point.step:  # a run that is over in a moment, and the start of any, do without
             self.supervisor.keep_spares()
 
-    def _report(self, result: StepResult) -> None:
+    def _report(self, result: StepResult, plan: StepPlan) -> None:
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         figures = {f"loss/{term}": value for term, value in result.losses.items()}
@@ -321,6 +329,7 @@ class _Run:
             "rows_per_s": result.rows / seconds,
             "experts_per_token": result.experts_per_token,
         }
+        figures |= {f"rows/{name}": count for name, count in rows_of(plan).items()}
         figures |= {f"bridge/{hop}_bytes": count for hop, count in result.bytes_by_hop.items()}
         self.metrics.write(result.step, figures, stage=result.stage, stepped=result.stepped, seconds=seconds)
         if not result.stepped:
@@ -361,7 +370,6 @@ def _result(
     recipe: Recipe,
     started: float,
     found: Mapping[str, Mapping[str, float]] | None = None,
-    recoveries: int = 0,
 ) -> TrainResult:
     return TrainResult(
         out=out,
@@ -370,5 +378,4 @@ def _result(
         finished=step >= recipe.total_steps,
         seconds=time.monotonic() - started,
         usage=found or {},
-        recoveries=recoveries,
     )
