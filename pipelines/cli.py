@@ -95,8 +95,8 @@ def sentence(problem: BaseException, *, debug: bool = False) -> str:
     # An error raised in a Ray worker arrives wrapped, with the worker's traceback as its text.
     problem = getattr(problem, "cause", None) or problem
     text = " ".join(str(problem).split())
-    if isinstance(problem, OmniError):
-        return text
+    if isinstance(problem, OmniError):  # a list in it, for instance of bad samples, keeps its lines
+        return "\n  ".join(" ".join(part.split()) for part in str(problem).split("\n  "))
     if isinstance(problem, OSError) and problem.filename is not None:
         return f"{problem.filename}: {problem.strerror}"
     hint = "" if debug else " (--debug shows where)"

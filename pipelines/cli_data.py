@@ -81,13 +81,17 @@ def inspect(args: Namespace) -> Outcome:
     from omni_ray.data.inspect import inspect as count
 
     networks = load_recipe(args.recipe).networks
-    sources = count(folder, _tokenizer(folder), networks, split=args.split, limit=args.limit)
+    left_out: dict[str, str] = {}
+    tokenizer = _tokenizer(folder)
+    sources = count(folder, tokenizer, networks, split=args.split, limit=args.limit, left_out=left_out)
     document: dict[str, Any] = {"path": str(folder.resolve()), "split": args.split, "sources": sources}
+    document["left_out"] = left_out
     lines = [f"{'source':20}{'samples':>8}{'looked':>8}{'bad':>5}{'text':>9}{'vision':>9}{'audio':>9}{'speech':>9}"]
     for name, facts in sources.items():
         rows = "".join(f"{facts['rows'][kind]:>9}" for kind in ("text", "vision", "audio", "speech"))
         lines.append(f"{name:20}{facts['samples']:>8}{facts['looked_at']:>8}{len(facts['bad']):>5}{rows}")
         lines.extend(f"  bad: {sentence}" for sentence in facts["bad"])
+        lines.extend(f"  empty shard: {path}" for path in facts["empty_shards"])
         for kind, bins in facts["lengths"].items():
             lines += [f"  rows of {kind} a sample, from", *histogram_lines(bins, "rows")]
         if facts["durations"]:
@@ -95,13 +99,14 @@ def inspect(args: Namespace) -> Outcome:
         if facts["resolutions"]:
             shown = ", ".join(f"{size} ({number})" for size, number in list(facts["resolutions"].items())[:8])
             lines.append(f"  pictures and films, height x width: {shown}")
+    lines += [f"left out: {name}: {problem}" for name, problem in left_out.items()]
     lines += _manifest_facts(folder, document)
     if page is not None:
         from pipelines.data_page import write_inspection
 
         write_inspection(folder, page, document, args.split)
         lines.append(f"page: {page}")
-    bad = bool(document.get("damaged")) or any(facts["bad"] for facts in sources.values())
+    bad = bool(document.get("damaged") or left_out) or any(facts["bad"] for facts in sources.values())
     return Outcome(text="\n".join(lines), document=document, ok=not bad)
 
 

@@ -17,7 +17,7 @@ _MORE = """table{border-collapse:collapse}td,th{padding:.1em .7em;text-align:rig
 td:first-child,th:first-child{text-align:left}
 .hist{display:inline-block;vertical-align:top;margin:.3em 1.4em .3em 0}.hist div{font-size:.8em;white-space:pre}
 .bar{display:inline-block;height:.75em;background:#4a7fb5;vertical-align:middle;margin-right:.4em}
-.low{display:inline-block;width:4.5em;text-align:right;color:#666;margin-right:.5em}.bad{color:#a22}"""
+.low{display:inline-block;width:4.5em;text-align:right;color:#666;margin-right:.5em}"""
 
 
 def write_inspection(folder: Path, page: Path, document: Mapping[str, Any], split: str) -> None:

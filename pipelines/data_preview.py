@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from omni_ray.types.errors import DataError
 from omni_ray.types.sample import Sample
 
 MIME = {
@@ -27,7 +28,8 @@ MIME = {
 }
 STYLE = """body{font:15px/1.4 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}
 .sample{border-top:1px solid #ccc;padding:.6em 0}.role{color:#666;display:inline-block;width:6em}
-.key{color:#999;font-size:.8em}img{height:112px;image-rendering:pixelated}video{height:140px}audio{height:2em}"""
+.key{color:#999;font-size:.8em}img{height:112px;image-rendering:pixelated}video{height:140px}audio{height:2em}
+.bad{color:#a22}"""
 
 
 def write_preview(folder: Path, page: Path, *, count: int = 8, split: str = "train") -> int:
@@ -36,7 +38,7 @@ def write_preview(folder: Path, page: Path, *, count: int = 8, split: str = "tra
     Args:
         folder: A built data set, or a folder of WebDataset tars.  count: Samples of each source, evenly spread.
     Returns:
-        Samples shown.
+        Samples shown; in the place of one that cannot be read stands why.
     Raises:
         DataError: no shards there.
     """
@@ -46,10 +48,20 @@ def write_preview(folder: Path, page: Path, *, count: int = 8, split: str = "tra
     for source in open_places(folder, split):
         numbers = numbers_of(len(source), count)
         blocks.append(f"<h2>{html.escape(source.name)} <small>{len(source)} samples</small></h2>")
-        blocks.extend("".join(sample_html(source[number])) for number in numbers)
-        shown += len(numbers)
+        for number in numbers:
+            block, usable = _block(source, number)
+            blocks.append(block)
+            shown += usable
     write_page(page, f"{folder.name}, {split}", "".join(blocks), STYLE)
     return shown
+
+
+def _block(source: Any, number: int) -> tuple[str, bool]:
+    """A sample's block, or the reason why there is none."""
+    try:
+        return "".join(sample_html(source[number])), True
+    except DataError as error:
+        return f'<div class="sample bad">{html.escape(str(error))}</div>', False
 
 
 def write_page(page: Path, title: str, body: str, style: str) -> None:

@@ -72,7 +72,7 @@ class DataConfig(Checked):
     tile_items: PositiveInt = 16
     """Items of one encoder tile (the unit of ordered reduction)."""
     max_bad_fraction: NonNegativeFloat = 0.01
-    """Unusable share of the samples drawn from one source above which the run stops with their list."""
+    """Unusable share of the samples read from one source above which the run stops with their list."""
     read_timeout_s: PositiveFloat = 60.0
     """A read that takes longer counts as stalled and is tried again; the run stops, resumable, after the last try."""
     read_tries: PositiveInt = 3

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from omni_ray.config.model import AudioConfig, CodecConfig
+from omni_ray.data.reasons import reason
 from omni_ray.types.errors import MediaError
 
 Wave = NDArray[np.float32]
@@ -165,7 +166,7 @@ def _decode_container(raw: bytes, name: str, longest_s: float) -> tuple[Wave, in
                 _check_length(total, rate, name, longest_s, short_is_fine=True)
             pieces += [piece.to_ndarray().reshape(-1) for piece in mono.resample(None)]
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise MediaError(f"{name} cannot be decoded as sound ({error}); send wav, flac, ogg or mp3") from error
+        raise MediaError(f"{name} cannot be decoded as sound ({reason(error)}); send wav, flac, ogg or mp3") from error
     if not pieces:
         raise MediaError(f"{name} has a sound track without samples; export it again")
     return np.concatenate(pieces).astype(np.float32, copy=False), rate

@@ -18,11 +18,11 @@ class BadSamples:
 
     def __init__(self, max_fraction: float) -> None:
         self.max_fraction = max_fraction
-        """Bad share of the samples drawn from a source above which the run stops."""
+        """Bad share of the samples read from a source above which the run stops."""
         self.drawn: Counter[str] = Counter()
-        """Samples drawn, by source; a bad one and what stands in its place count once."""
+        """Samples used, by source."""
         self.bad: Counter[str] = Counter()
-        """Samples that could not be used, by source; every draw counts."""
+        """Samples that could not be used, by source; every time that one is met counts."""
         self._listed: dict[str, dict[str, None]] = {}
 
     def add(self, drawn: Iterable[str], bad: Iterable[str]) -> None:
@@ -46,10 +46,11 @@ class BadSamples:
             DataError: with the list of its bad samples.
         """
         for source, count in sorted(self.bad.items()):
-            if count > FREE and count > self.max_fraction * self.drawn[source]:
+            read = count + self.drawn[source]
+            if count > FREE and count > self.max_fraction * read:
                 listed = "\n  ".join(self._listed[source])
                 raise DataError(
-                    f"{count} of {self.drawn[source]} samples drawn from {source!r} could not be used, above "
+                    f"{count} of {read} samples read from {source!r} could not be used, above "
                     f"data.max_bad_fraction {self.max_fraction:g}; mend the source or raise the limit. "
                     f"The first of them:\n  {listed}"
                 )

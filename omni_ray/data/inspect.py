@@ -11,9 +11,10 @@ from typing import Any
 from omni_ray.config.model import OmniConfig
 from omni_ray.data.chat import encode_sample, loss_counts
 from omni_ray.data.image import image_size
-from omni_ray.data.sources import FileSource, open_path
+from omni_ray.data.sources import FileSource, holds_shards, open_path
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.data.video import video_extent
+from omni_ray.observability.events import emit
 from omni_ray.types.errors import DataError
 from omni_ray.types.modality import Modality
 from omni_ray.types.sample import EncodedSample, Sample
@@ -27,28 +28,37 @@ SECONDS: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 12
 
 
 def inspect(
-    folder: Path | str, tokenizer: Tokenizer, model: OmniConfig, *, split: str = "train", limit: int | None = None
+    folder: Path | str,
+    tokenizer: Tokenizer,
+    model: OmniConfig,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Read the sources below a folder (or the folder itself, where it holds samples) and count.
 
     Args:
         limit: Most samples looked at in each source, evenly spread; None = all.
+        left_out: Gets the folders whose shards cannot be opened, and why.
     Returns:
-        source -> {samples, looked_at, kinds, bad, rows: {text, vision, audio, speech}, longest, media_s, loss_rows,
-        lengths: {modality: {lower end: samples}}, resolutions: {"HxW": media}, durations: {lower end: sounds}}, figures
-        of the samples looked at.
+        source -> {samples, looked_at, kinds, bad, empty_shards, rows: {text, vision, audio, speech}, longest, media_s,
+        loss_rows, lengths: {modality: {lower end: samples}}, resolutions: {"HxW": media}, durations: {lower end:
+        sounds}}, figures of the samples looked at.
     Raises:
         DataError: no samples there.
     """
     return {
         source.name: _Counts(tokenizer, model).of(source, numbers_of(len(source), limit))
-        for source in open_places(folder, split)
+        for source in open_places(folder, split, left_out)
     }
 
 
-def open_places(folder: Path | str, split: str) -> list[FileSource]:
+def open_places(folder: Path | str, split: str, left_out: dict[str, str] | None = None) -> list[FileSource]:
     """The source that a folder or file is, or those of its folders that are one.
 
+    Args:
+        left_out: Gets the folders that hold shards which cannot be opened, and why; they are told in any case.
     Raises:
         DataError: there is none.
     """
@@ -59,8 +69,10 @@ def open_places(folder: Path | str, split: str) -> list[FileSource]:
         for place in sorted(Path(folder).glob("*/")) if Path(folder).is_dir() else []:
             try:
                 found.append(open_path(place, place.name, split=split))
-            except DataError:
-                continue
+            except DataError as error:
+                if holds_shards(place, split):
+                    emit("source_left_out", folder=str(place), problem=str(error))
+                    (left_out if left_out is not None else {})[place.name] = str(error)
         if not found:
             raise DataError(f"{folder} holds no {split} samples: {problem}") from problem
         return found
@@ -90,15 +102,19 @@ class _Counts:
         for number in numbers:
             try:
                 sample = source[number]
-                encoded = encode_sample(sample, self.tokenizer, self.model)
-                self._add(sample, encoded)
             except DataError as error:
                 self.bad.append(str(error))
+                continue
+            try:
+                self._add(sample, encode_sample(sample, self.tokenizer, self.model))
+            except DataError as error:
+                self.bad.append(str(source.located(number, error)))
         return {
             "samples": len(source),
             "looked_at": len(numbers),
             "kinds": dict(sorted(self.kinds.items())),
             "bad": self.bad,
+            "empty_shards": [shard.path for shard in source.shards if not shard.samples],
             "rows": {name: self.rows[name] for name in self.lengths},
             "longest": self.longest,
             "media_s": {m.value: round(self.rows[m.value] * row_s, 1) for m, row_s in _ROW_S.items()},

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from omni_ray.config.model import VisionConfig
 from omni_ray.data.image import MAX_PIXELS, Patches, fit_size, patchify, resize
 from omni_ray.data.last_read import LastRead
+from omni_ray.data.reasons import reason
 from omni_ray.types.errors import MediaError
 
 DEFAULT_FPS, MOST_FPS, LEAST_FRAMES = 2.0, 4.0, 16
@@ -212,7 +213,7 @@ def _decoded(raw: bytes, name: str, start: int | None) -> Iterator[Any]:
             for frame in container.decode(stream):
                 yield _checked_frame(frame, name)
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise MediaError(f"{name} cannot be decoded as video ({error}); send mp4 with h264") from error
+        raise MediaError(f"{name} cannot be decoded as video ({reason(error)}); send mp4 with h264") from error
 
 
 def _decoded_packets(opened: _Opened, name: str) -> Iterator[Any]:
@@ -225,7 +226,7 @@ def _decoded_packets(opened: _Opened, name: str) -> Iterator[Any]:
             for frame in packet.decode():
                 yield _checked_frame(frame, name)
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise MediaError(f"{name} cannot be decoded as video ({error}); send mp4 with h264") from error
+        raise MediaError(f"{name} cannot be decoded as video ({reason(error)}); send mp4 with h264") from error
     finally:
         opened.container.close()
 
@@ -314,7 +315,7 @@ def _scan_track(raw: bytes, name: str) -> _Track:
         container = av.open(io.BytesIO(raw), "r")
         track = _scanned(container, raw, name)
     except (av.FFmpegError, ValueError, IndexError) as error:
-        raise MediaError(f"{name} cannot be read as video ({error}); send mp4 with h264") from error
+        raise MediaError(f"{name} cannot be read as video ({reason(error)}); send mp4 with h264") from error
     except MediaError:
         if container is not None:
             container.close()

@@ -213,8 +213,12 @@ class StepBuilder:
     def _encode(self, ref: SampleRef) -> tuple[Sample, EncodedSample]:
         config = self.recipe.data.sources[ref.source]
         chance = chance_of(self.recipe.seed, ref.source, ref.index, ref.turn)
-        sample = shaped(self._sample(ref), config.form, chance, config.prompts)
-        return sample, encode_sample(sample, self.tokenizer, self.recipe.networks, chance)
+        raw = self._sample(ref)
+        try:
+            sample = shaped(raw, config.form, chance, config.prompts)
+            return sample, encode_sample(sample, self.tokenizer, self.recipe.networks, chance)
+        except DataError as error:
+            raise self.sources[ref.source].located(ref.index, error) from error
 
     def _measure(self, ref: SampleRef) -> SampleRows:
         _, encoded = self._read.get(ref, lambda: self._encode(ref), _read_bytes)
@@ -228,7 +232,10 @@ class StepBuilder:
 
     def _decode(self, ref: SampleRef) -> tuple[EncodedSample, tuple[Any, ...]]:
         sample, encoded = self._read.take(ref) or self._encode(ref)
-        return encoded, decode_spans(sample, encoded.spans, self.recipe.networks)
+        try:
+            return encoded, decode_spans(sample, encoded.spans, self.recipe.networks)
+        except DataError as error:
+            raise self.sources[ref.source].located(ref.index, error) from error
 
 
 def tokenizer_file(recipe: Recipe, root: Path) -> Path:

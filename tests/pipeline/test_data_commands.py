@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from mini_world import mini_recipe, write_components, write_world
-from source_files import COUNT, picture, words, write_form
+from source_files import COUNT, picture, tar_bytes, words, write_form
 
 from omni_ray.config.load import save_recipe
 from omni_ray.data.sources import open_path
@@ -56,6 +56,36 @@ def test_inspect_counts_lengths_sizes_and_damage(tmp_path: Path, capsys: pytest.
     assert "rows of vision a sample" in text
     assert cli.main(["data", "inspect", str(tmp_path / "world")]) == 0
     assert "  pictures and films, height x width: 56x56 (40)" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_is_told_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder whose shards do not open, an empty shard, a sample outside its folder: named, never passed over."""
+    places = {name: tmp_path / "all" / name for name in ("good", "torn")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    (places["torn"] / "train-0.tar").write_bytes(bytes(range(256)) * 20)
+    whole = [("a.png", picture(1)), ("a.txt", b"one"), ("../b.png", picture(2)), ("../b.txt", b"two")]
+    broken = [("c.png", b"\x89PNG garbage"), ("c.txt", b"three")]
+    (places["good"] / "train-0.tar").write_bytes(tar_bytes(whole + broken))
+    (places["good"] / "train-1.tar").write_bytes(b"")
+    shard = places["good"] / "train-0.tar"
+    torn = f"{places['torn'] / 'train-0.tar'} cannot be read as an uncompressed tar (invalid header); write it with"
+    assert cli.main(["data", "inspect", str(tmp_path / "all")]) == 1
+    printed = capsys.readouterr()
+    for sentence in (
+        f"left out: torn: {torn}",
+        f"empty shard: {places['good'] / 'train-1.tar'}",
+        f"bad: {shard}: sample ../b: member '../b.txt' points outside its folder; rename it",
+        f"bad: {shard}: c/png is not a picture that can be read; send png, jpeg or webp",
+    ):
+        assert sentence in printed.out
+    assert "source_left_out" in printed.err
+    assert cli.main(["data", "inspect", str(tmp_path / "all"), "--json"]) == 1
+    assert torn in json.loads(capsys.readouterr().out)["left_out"]["torn"]
+    page = tmp_path / "page.html"
+    assert cli.main(["data", "preview", str(tmp_path / "all"), "--out", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 2
+    assert "points outside its folder; rename it</div>" in page.read_text(encoding="utf-8")
 
 
 def test_preview_shows_the_samples_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ disks and in object stores.
 """
 
 from omni_ray.data.sources.base import FileSource, read_together
-from omni_ray.data.sources.opening import WebDatasetSource, is_there, open_configured, open_path
+from omni_ray.data.sources.opening import WebDatasetSource, holds_shards, is_there, open_configured, open_path
 from omni_ray.data.sources.storage import ReadLimits, Storage
 from omni_ray.data.sources.tar import sample_from_members
 
@@ -14,6 +14,7 @@ __all__ = [
     "ReadLimits",
     "Storage",
     "WebDatasetSource",
+    "holds_shards",
     "is_there",
     "open_configured",
     "open_path",

@@ -86,6 +86,10 @@ class FileSource:
             key = self.form.key(shard, table, row)
             raise type(error)(f"{shard.path}: sample {key}: {error}") from error
 
+    def located(self, index: int, error: DataError) -> DataError:
+        """An error about a sample that was read, with the shard that it lies in."""
+        return type(error)(f"{self.place(index)[0].path}: {error}")
+
     def __iter__(self) -> Iterator[Sample]:
         for index in range(len(self)):
             yield self[index]

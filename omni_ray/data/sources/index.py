@@ -16,7 +16,7 @@ import pyarrow as pa
 from omni_ray.data.sources.storage import FileFacts, Storage
 from omni_ray.types.errors import DataError, StorageError
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 INDEX_SUFFIX = ".omni-index"
 BATCH_ROWS = 65_536
 """Rows of an index that are in memory while it is made."""

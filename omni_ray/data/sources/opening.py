@@ -117,9 +117,14 @@ def open_configured(config: SourceConfig, name: str, root: Path | str, limits: R
 
 def is_there(config: SourceConfig, root: Path | str) -> bool:
     """Whether a source of a recipe has any shards."""
-    storage, path = Storage.of(config.path.replace("{data}", str(root)))
+    return holds_shards(config.path.replace("{data}", str(root)), config.split, config.format)
+
+
+def holds_shards(where: Path | str, split: str, form: str = "auto") -> bool:
+    """Whether a folder holds shards of a split, readable or not."""
+    storage, path = Storage.of(where)
     try:
-        return bool(find_shards(storage, path, config.split, config.format)[1])
+        return bool(find_shards(storage, path, split, form)[1])
     except DataError:
         return False
 

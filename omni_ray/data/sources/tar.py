@@ -131,14 +131,27 @@ def _scan(storage: Storage, path: str) -> Iterator[dict[str, object]]:
                 raise DataError(
                     f"{path} cannot be read as an uncompressed tar ({error}); write it with webdataset"
                 ) from error
-            end = size
+            end = tar.offset
         if sample is None:
             emit("empty_shard", shard=path)
             return
         yield sample.row(seen)
-        if end < size and (stream.seek(end), stream.read(_BLOCK))[1].strip(b"\0"):
-            lost = f"the tar is damaged at byte {end} of {size}: what follows cannot be found; restore the shard"
-            yield {"key": f"byte-{end}", "names": [], "offsets": [], "sizes": [], "problem": lost}
+        lost = None if sample.end > size else _lost(stream, path, end, size)  # a member cut short tells by itself
+        if lost is not None:
+            yield {"key": f"byte-{min(end, size)}", "names": [], "offsets": [], "sizes": [], "problem": lost}
+
+
+def _lost(stream: Any, path: str, end: int, size: int) -> str | None:
+    """Why what follows the last member cannot be found; None where the tar ends as it should, or nearly so."""
+    if end < size:
+        stream.seek(end)
+        damaged = stream.read(_BLOCK).strip(b"\0")
+        where = f"damaged at byte {end} of {size}"
+        return f"the tar is {where}: what follows cannot be found; restore the shard" if damaged else None
+    if size % _BLOCK:
+        return f"the tar is cut short at byte {size}: what followed is lost; restore the shard"
+    emit("unfinished_shard", shard=path, bytes=size, problem="no end mark: if it was cut short, samples are missing")
+    return None
 
 
 class _Sample:
@@ -148,6 +161,8 @@ class _Sample:
         self.key = key
         self.members: list[tuple[str, int, int]] = []
         self.problem: str | None = None
+        self.end = 0
+        """Byte after the last of its members."""
 
     def add(self, extension: str, member: tarfile.TarInfo) -> None:
         if any(extension == known for known, _, _ in self.members):
@@ -157,6 +172,7 @@ class _Sample:
         if not member.isfile() or member.sparse:
             self.problem = f"member {extension} is a link or a special file; store the bytes themselves"
         self.members.append((extension, member.offset_data, member.size))
+        self.end = member.offset_data + member.size
 
     def row(self, seen: set[str]) -> dict[str, object]:
         if self.key in seen:
