@@ -1,7 +1,7 @@
 """A pool's own torch.distributed group: all-reduce of gradients, and the bridge's two-stage way between its ranks.
 
-The group is the process's default one, made before anything else can claim it; gloo on processors, nccl on GPUs, by the
-same calls.  Every wait is bounded, and its error names pool, rank and phase.
+The group is the process's default one, made before anything else can claim it; gloo on processors, nccl on whole GPUs,
+by the same calls.  Every wait is bounded, and its error names pool, rank and phase.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ class PoolGroup:
 
     Args:
         pool: Name for errors.  rank, ranks: This process and the size.  address: Output of :func:`free_address`.
-        timeout_s: Longest wait inside one collective.
+        timeout_s: Longest wait inside one collective.  backend: Output of :func:`group_backend`.
     """
 
-    def __init__(self, pool: str, rank: int, ranks: int, address: str, timeout_s: float) -> None:
+    def __init__(self, pool: str, rank: int, ranks: int, address: str, timeout_s: float, backend: str = "gloo") -> None:
         self.pool, self.rank, self.ranks, self.timeout_s = pool, rank, ranks, timeout_s
+        self.backend = backend
+        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
+        """Where tensors must lie for the group's calls."""
         leave_group()
         with self._bounded("join"):
             dist.init_process_group(
-                "nccl" if torch.cuda.is_available() else "gloo",
+                backend,
                 init_method=f"tcp://{address}",
                 rank=rank,
                 world_size=ranks,
@@ -59,7 +62,13 @@ class PoolGroup:
             HangError: a peer did not come within the time-out, or is gone.
         """
         with self._bounded(phase):
-            dist.all_reduce(values)
+            if self.backend == "nccl":
+                dist.all_reduce(values)
+            else:  # gloo adds in host memory
+                host = values.cpu()
+                dist.all_reduce(host)
+                if host is not values:
+                    values.copy_(host)
 
     @contextmanager
     def _bounded(self, phase: str) -> Iterator[None]:
@@ -72,6 +81,15 @@ class PoolGroup:
                 f"pool {self.pool}, rank {self.rank}, phase {phase}: the group of {self.ranks} did not answer "
                 f"within {self.timeout_s:g} s or lost a peer ({str(problem).splitlines()[0][:120]})"
             ) from problem
+
+
+def group_backend(device: torch.device, gpu: float) -> str:
+    """``nccl`` between whole GPUs, ``gloo`` otherwise: nccl refuses two ranks on one GPU.
+
+    Args:
+        device: Where the ranks compute.  gpu: GPUs of one rank.
+    """
+    return "nccl" if device.type == "cuda" and gpu >= 1 else "gloo"
 
 
 def leave_group() -> None:
@@ -140,6 +158,7 @@ class InnerBridge:
             store: What :meth:`forward` gave, with its gradient written.  hidden: H.
         """
         back = []
+        device = store.values_IH.device if store is not None else self.group.device
         for chunk in range(layout.num_chunks):
             part_IH = store.read_gradient(chunk) if store is not None else None
             if self.group.rank == 0:
@@ -153,7 +172,7 @@ class InnerBridge:
             if part_IH is not None and part_IH.shape[0]:
                 dist.send(part_IH.contiguous(), 0)
             low, high = layout.sender_rows(self.group.rank, chunk)
-            piece = torch.empty(high - low, hidden)
+            piece = torch.empty(high - low, hidden, device=device)
             if high > low:
                 dist.recv(piece, 0)
             back.append(piece)
@@ -188,10 +207,14 @@ class GroupHandle:
 
 
 class GroupTransport:
-    """Point to point over a process group; a rank receives from another in the order in which that one sent."""
+    """Point to point over a process group; a rank receives from another in the order in which that one sent.
 
-    def __init__(self, rank: int, rank_of: Sequence[RankId]) -> None:
-        self.rank = rank
+    Args:
+        rank: This one.  rank_of: Who is rank 0, 1, ...  device: Where the group's backend wants tensors.
+    """
+
+    def __init__(self, rank: int, rank_of: Sequence[RankId], device: torch.device | str = "cpu") -> None:
+        self.rank, self.device = rank, torch.device(device)
         self._rank_of = {named: place for place, named in enumerate(rank_of)}
         self._own: list[Tensor] = []
         self._flying: list[tuple[dist.Work, Tensor]] = []
@@ -199,7 +222,7 @@ class GroupTransport:
     def send(self, batch: EmbeddingBatch, to: RankId) -> Handle:
         """Start sending; the values must not change until the receiver has them."""
         self._flying = [(work, kept) for work, kept in self._flying if not work.is_completed()]
-        values = batch.values_ID.detach().contiguous()
+        values = batch.values_ID.detach().to(self.device).contiguous()
         target = self._rank_of[to]
         if target == self.rank:
             self._own.append(values)
@@ -218,7 +241,7 @@ class GroupTransport:
 
     def receive(self, handle: Handle) -> EmbeddingBatch:
         """Wait for a batch."""
-        values = torch.empty(handle.shape, dtype=handle.dtype)
+        values = torch.empty(handle.shape, dtype=handle.dtype, device=self.device)
         if handle.sender == self.rank:
             values = self._own.pop(0)
         elif values.numel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ class LanguageWorker(NetworkWorker):
         Returns:
             This micro-batch's share of the step's loss, a scalar.
         """
-        batch = fill_speech(batch, context, features.get(Modality.SPEECH, ()))
+        batch = on_device(fill_speech(batch, context, features.get(Modality.SPEECH, ())), self.device)
         leaves: list[tuple[EmbeddingBatch, Tensor]] = []
         placed: list[EmbeddingBatch] = []
         for modality in (Modality.VISION, Modality.AUDIO):
@@ -124,7 +125,7 @@ class LanguageWorker(NetworkWorker):
         """
         batch, context = payload
         speech = given(context.items, Modality.SPEECH, codes)
-        batch = fill_speech(batch, context, [speech] if speech.item_ids else [])
+        batch = on_device(fill_speech(batch, context, [speech] if speech.item_ids else []), self.device)
         kinds = (Modality.VISION, Modality.AUDIO)
         placed = [given(context.items, kind, rows) for kind, rows in zip(kinds, features, strict=True)]
         rows_TD = place(self.network.embed_rows(batch.ids_T5), placed, {item.id: item for item in context.items})
@@ -172,7 +173,7 @@ class LanguageWorker(NetworkWorker):
         if self.live:
             stage, inside = self.recipe.stage_at(step)
             share = rates(stage.lr, inside, stage.steps)["language"] / stage.lr.peak
-            total = torch.stack(list(counts)).sum(dim=0)
+            total = torch.stack(list(counts)).sum(dim=0).to(self.device)
             self.network.update_expert_bias(total, self.recipe.optimizer.expert_bias_rate * share)
 
 
@@ -185,19 +186,23 @@ def fill_speech(batch: OmniBatch, context: StepContext, codes: Sequence[Embeddin
         for item_id, codes_N4 in zip(part.item_ids, pieces, strict=True):
             target = item_id in context.targets
             fill_codec_rows(ids_T5, labels_T5, routes[item_id].offset, codes_N4, target=target)
-    return OmniBatch(
-        ids_T5=ids_T5,
-        cu_seqlens=batch.cu_seqlens,
-        labels_T5=labels_T5,
-        loss_kind_T=batch.loss_kind_T,
-        positions=batch.positions,
-        features=batch.features,
+    return dataclasses.replace(batch, ids_T5=ids_T5, labels_T5=labels_T5)
+
+
+def on_device(batch: OmniBatch, device: torch.device) -> OmniBatch:
+    """The batch with its tensors on ``device``."""
+    return dataclasses.replace(
+        batch,
+        ids_T5=batch.ids_T5.to(device),
+        labels_T5=batch.labels_T5.to(device),
+        loss_kind_T=batch.loss_kind_T.to(device),
+        positions=batch.positions.to(device),
     )
 
 
 def given(items: Sequence[ItemRoute], modality: Modality, rows: Sequence[Any]) -> EmbeddingBatch:
     """Rows per item of one modality, in item order, as a batch of the bridge."""
-    tensors = [torch.from_numpy(np.array(part)) for part in rows]
+    tensors = [part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in rows]
     return EmbeddingBatch(
         values_ID=torch.cat(tensors) if tensors else torch.zeros(0, 0),
         item_ids=tuple(item.id for item in items if item.modality == modality),

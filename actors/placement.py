@@ -30,6 +30,11 @@ def actor_options(resources: Resources) -> dict[str, Any]:
     return {"num_cpus": resources.cpu, "num_gpus": resources.gpu, "resources": dict(resources.custom)}
 
 
+def device_name(resources: Resources) -> str:
+    """Where an actor with these resources computes: ``cuda`` with a GPU or a share of one, else ``cpu``."""
+    return "cuda" if resources.gpu else "cpu"
+
+
 def wants(resources: Resources) -> dict[str, float]:
     """Resources of one actor under Ray's names, zeros left out."""
     named = {"CPU": resources.cpu, "GPU": resources.gpu, **resources.custom}

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from actors.placement import Places, asked, await_room, pool_config, spoken
+from actors.placement import Places, asked, await_room, device_name, pool_config, spoken
 from actors.pool_actor import PoolActor
 from actors.worker import Rank
 from omni_ray.config.recipe import Recipe
@@ -116,12 +116,17 @@ def join_groups(recipe: Recipe, pools: Mapping[str, Pool]) -> None:
     ray.get(waiting)
 
 
+def rank_of(recipe: Recipe, pool: str, rank: int) -> Rank:
+    """Who an actor is in its pool, and where it computes."""
+    config = pool_config(recipe, pool)
+    return Rank(pool=pool, rank=rank, ranks=config.actors, device=device_name(config.resources))
+
+
 def start_actor(recipe: Recipe, name: str, rank: int, places: Places, actor: type = PoolActor) -> Any:
     """Start one rank of a pool; its worker is not built yet."""
-    config = pool_config(recipe, name)
     # Threads are set by build(); an own runtime_env would cost a process start.
     options = places.options(name, rank)
-    return ray.remote(actor).options(**options).remote(recipe, Rank(pool=name, rank=rank, ranks=config.actors))
+    return ray.remote(actor).options(**options).remote(recipe, rank_of(recipe, name, rank))
 
 
 def wait_for(refs: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from actors.snapshot import WorkerState
-from actors.transport import pack, unpack
+from actors.transport import pack, tensor_of, unpack
 from actors.worker import Rank
 from omni_ray.bridge.chunk import gathered
 from omni_ray.config.recipe import Recipe
@@ -132,7 +132,8 @@ class PoolActor:
     def validate(self, payload: Any, vision: Any, audio: Any, codes: Any) -> tuple[float, int]:
         """Cross-entropy of a validation batch; see the language worker."""
         with span("validate"):
-            result: tuple[float, int] = self.worker.validate((unpack(payload[0]), payload[1]), (vision, audio), codes)
+            features = [[tensor_of(rows) for rows in part] for part in (vision, audio)]
+            result: tuple[float, int] = self.worker.validate((unpack(payload[0]), payload[1]), features, codes)
             return result
 
     def finish(self, *others: Any) -> float:

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from omni_ray.balance.dispatch import assign
 from omni_ray.training.optimizer import PoolOptimizer
+from omni_ray.training.precision import host_copy
 from omni_ray.types.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerState:
-    """Everything that a step changes in a worker; each tensor is a copy of its own."""
+    """Everything that a step changes in a worker; each tensor is a copy of its own, in host memory."""
 
     network: dict[str, Tensor]
-    """Parameters and buffers by name."""
+    """Parameters (their fp32 masters) and buffers by name."""
     optimizer: dict[str, Tensor]
     """Optimizer state by ``parameter::field``."""
     rope_base: float | None
@@ -33,7 +34,7 @@ class WorkerState:
     def of(network: nn.Module, optimizer: PoolOptimizer) -> WorkerState:
         """Copy a worker's state."""
         return WorkerState(
-            network={name: value.detach().clone() for name, value in network.state_dict().items()},
+            network={name: host_copy(value) for name, value in optimizer.weights().items()},
             optimizer=optimizer.state_tensors(),
             rope_base=getattr(network, "rope_base", None),
         )
@@ -48,7 +49,7 @@ class WorkerState:
 
     def restore(self, network: nn.Module, optimizer: PoolOptimizer) -> None:
         """Put the state back."""
-        network.load_state_dict(self.network)
+        optimizer.load_weights(self.network)
         optimizer.load_state_tensors(self.optimizer)
         if self.rope_base is not None:
             holder: Any = network
@@ -116,9 +117,18 @@ class BackgroundSave:
 
 
 def write_shard(
-    folder: Path, name: str, rank: int, ranks: int, network: nn.Module, optimizer: dict[str, Tensor]
+    folder: Path,
+    name: str,
+    rank: int,
+    ranks: int,
+    network: nn.Module | None,
+    optimizer: dict[str, Tensor],
+    weights: int,
 ) -> None:
     """Write one rank's part of a pool: rank 0 the published weights, every rank a share of the optimizer state.
+
+    Args:
+        network: As it is saved; needed on rank 0 alone.  weights: Bytes of its parameters, the same on every rank.
 
     Raises:
         CheckpointError: the files cannot be written (a full disk, for instance).
@@ -129,8 +139,7 @@ def write_shard(
             published.save_pretrained(folder / "model" / name)
             for path in (folder / "model" / name).iterdir():
                 to_disk(path)
-        weight_bytes = sum(p.numel() * p.element_size() for p in network.parameters())
-        write_optimizer(folder, name, optimizer, rank, ranks, weight_bytes)
+        write_optimizer(folder, name, optimizer, rank, ranks, weights)
     except Exception as problem:  # safetensors raises its own kind on a full disk
         raise CheckpointError(f"{name}, rank {rank}: {folder} could not be written ({problem})") from problem
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.worker import Rank
+from actors.worker import Rank, check_device
 from omni_ray.config.recipe import Recipe
 from omni_ray.models.codec import Codec
 from omni_ray.training.networks import build_network
@@ -32,10 +32,11 @@ class SpeechWorker:
 
     def build(self, folder: Path | None = None) -> None:
         """Make the codec, from ``folder`` or as the recipe starts."""
+        check_device(self.rank)
         torch.set_num_threads(self.recipe.pools.speech.threads)
         network = build_network("codec", self.recipe, folder)
         assert isinstance(network, Codec)
-        self.network = network.eval()
+        self.network = network.to(torch.device(self.rank.device)).eval()
 
     def set_stage(self, index: int) -> bool:
         """No stage of the curriculum trains the codec."""
@@ -48,12 +49,12 @@ class SpeechWorker:
             if len(self._codes) >= CACHED_CLIPS:
                 self._codes.pop(next(iter(self._codes)))
             codes = self.network.encode(torch.from_numpy(wave.copy()), sample_rate_hz)
-            self._codes[key] = codes.numpy().astype(np.int64)
+            self._codes[key] = codes.cpu().numpy().astype(np.int64)
         return self._codes[key]
 
     def decode(self, codes_N4: NDArray[np.int64]) -> NDArray[np.float32]:
         """24 kHz wave of codes [N, 4]."""
-        return self.network.decode(torch.from_numpy(np.array(codes_N4))).numpy().astype(np.float32)
+        return self.network.decode(torch.from_numpy(np.array(codes_N4))).cpu().numpy().astype(np.float32)
 
     def features(self, media: Sequence[NDArray[np.float32]]) -> list[NDArray[np.int64]]:
         """Codes [N, 4] of every clip."""

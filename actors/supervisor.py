@@ -23,12 +23,12 @@ from actors.pool import (
     build_pools,
     join_groups,
     not_placed,
+    rank_of,
     start_actor,
     start_pools,
     wait_for,
 )
 from actors.pool_actor import PoolActor
-from actors.worker import Rank
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import emit
 from omni_ray.training.networks import POOLS
@@ -187,7 +187,7 @@ class Supervisor:
         if spare is None:
             fresh = start_actor(self.recipe, name, rank, self.places, self._actor)
         else:
-            spare.adopt.remote(self.recipe, Rank(pool=name, rank=rank, ranks=len(self.pools[name])))
+            spare.adopt.remote(self.recipe, rank_of(self.recipe, name, rank))
             fresh = spare
         actors = list(self.pools[name].actors)
         actors[rank] = fresh

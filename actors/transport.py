@@ -70,6 +70,12 @@ def unpack(value: Any) -> Any:
     return value
 
 
+def tensor_of(rows: Any) -> Tensor:
+    """Rows that were packed by themselves (or an array, or a tensor), as a tensor with memory of its own."""
+    tensor: Tensor = _tensors(rows)
+    return tensor.clone()
+
+
 def _tensors(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return _view(value)

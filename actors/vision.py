@@ -26,4 +26,5 @@ class VisionWorker(EncoderWorker):
             media: uint8 frames [1 or 2, h, w, 3] at their final size; a single frame is an image, repeated along time.
         """
         rows_PC, grids = patch_rows(media, self.network.config)
-        return self.network(torch.from_numpy(rows_PC), grids), tuple(self.network.tokens(grid) for grid in grids)
+        patches_PC = torch.from_numpy(rows_PC).to(self.device)
+        return self.network(patches_PC, grids), tuple(self.network.tokens(grid) for grid in grids)

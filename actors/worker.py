@@ -6,7 +6,6 @@ order; sums of gradient terms are made in that order, or, over several ranks, in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.group import PoolGroup, leave_group
+from actors.group import PoolGroup, group_backend, leave_group
 from actors.snapshot import BackgroundSave, Snapshots, WorkerState, load_optimizer, write_shard
 from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.route import tiles_of
+from omni_ray.config.parallel import PoolConfig
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.digest import digests
 from omni_ray.training.memory import keep_freed_memory
 from omni_ray.training.networks import build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
+from omni_ray.types.errors import ResourceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,21 @@ class Rank:
     """Number inside the pool."""
     ranks: int = 1
     """Size of the pool."""
+    device: str = "cpu"
+    """Where it computes: ``cpu``, or ``cuda`` for the GPU that Ray lent it."""
+
+
+def check_device(rank: Rank) -> None:
+    """Refuse a GPU that is not there.
+
+    Raises:
+        ResourceError: names pool and rank, and the mend.
+    """
+    if rank.device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            f"pool {rank.pool}, rank {rank.rank} asks for a GPU; this node has none that torch {torch.__version__} can "
+            f"use: set pools.{rank.pool}.resources.gpu to 0, or install driver (nvidia-smi shows it) and a CUDA torch"
+        )
 
 
 class NetworkWorker:
@@ -47,6 +63,8 @@ class NetworkWorker:
     def __init__(self, recipe: Recipe, rank: Rank) -> None:
         self.recipe = recipe
         self.rank = rank
+        self.device = torch.device(rank.device)
+        """Where network, inputs, sums and loaded state lie; what leaves the worker travels through host memory."""
         self.live = False
         """Whether the stage trains any part of this network."""
         self.terms: dict[int, Tensor] = {}
@@ -58,16 +76,28 @@ class NetworkWorker:
         """States of this worker in memory, by step."""
 
     def build(self, folder: Path | None = None) -> None:
-        """Make the network, from ``folder`` (``model/NAME`` of a checkpoint) or as the recipe starts."""
-        torch.set_num_threads(getattr(self.recipe.pools, self.rank.pool).threads)
-        self.network: nn.Module = build_network(self.network_name, self.recipe, folder)
-        self.network.eval()  # dropout and masks belong to component pretraining; here a tile's bits must repeat
-        self.optimizer = PoolOptimizer(self.rank.pool, self.network, self.recipe.optimizer)
+        """Make the network, from ``folder`` (``model/NAME`` of a checkpoint) or as the recipe starts.
+
+        Raises:
+            ResourceError: the worker should compute on a GPU and this node has none.
+        """
+        check_device(self.rank)
+        torch.set_num_threads(self.pool.threads)
+        network = build_network(self.network_name, self.recipe, folder)
+        # Dropout and masks belong to component pretraining; here a tile's bits must repeat.
+        self.network: nn.Module = network.to(self.device).eval()
+        self.optimizer = PoolOptimizer(self.rank.pool, self.network, self.recipe.optimizer, self.pool.precision)
         self.stage = self.recipe.stages[0] if self.recipe.stages else None
+
+    @property
+    def pool(self) -> PoolConfig:
+        """This pool's section of the recipe."""
+        config: PoolConfig = getattr(self.recipe.pools, self.rank.pool)
+        return config
 
     def set_stage(self, index: int) -> bool:
         """Enter a curriculum stage; returns whether this network trains in it."""
-        if getattr(self.recipe.pools, self.rank.pool).keep_freed_memory:
+        if self.pool.keep_freed_memory:
             keep_freed_memory()
         self.stage = self.recipe.stages[index]
         self.live = self.optimizer.set_stage(self.stage)
@@ -75,7 +105,8 @@ class NetworkWorker:
 
     def join_group(self, address: str, timeout_s: float) -> None:
         """Meet the other ranks of the pool, for ``reduce: fast``."""
-        self.group = PoolGroup(self.rank.pool, self.rank.rank, self.rank.ranks, address, timeout_s)
+        backend = group_backend(self.device, self.pool.resources.gpu)
+        self.group = PoolGroup(self.rank.pool, self.rank.rank, self.rank.ranks, address, timeout_s, backend)
 
     def leave(self) -> None:
         """Give the process group back."""
@@ -88,9 +119,11 @@ class NetworkWorker:
         return self.recipe.schedule.reduce == "ordered"
 
     def keep_term(self, number: int) -> None:
-        """Close one gradient term; on a single rank it stays added where autograd put it."""
+        """Close one gradient term; on a single rank it is added to those before it."""
         if self.live and self.rank.ranks > 1 and self.ordered:
             self.terms[number] = self.optimizer.take_term()
+        elif self.live:
+            self.optimizer.close_term()
 
     def give_terms(self) -> tuple[list[int], Tensor]:
         """This rank's gradient terms for the others: their numbers, and rows [terms, parameters]."""
@@ -130,12 +163,12 @@ class NetworkWorker:
         return digests(self.gradients())
 
     def weight_digests(self) -> dict[str, str]:
-        """The weights' bits by parameter and buffer."""
-        return digests(self.network.state_dict())
+        """The weights' (masters') bits by parameter and buffer."""
+        return digests(self.optimizer.weights())
 
     def gradients(self) -> dict[str, Tensor]:
         """The closed gradient by parameter."""
-        return {n: p.grad for n, p in self.network.named_parameters() if p.grad is not None}
+        return self.optimizer.gradients()
 
     def state(self) -> WorkerState:
         """A copy of everything that a step changes."""
@@ -174,18 +207,20 @@ class NetworkWorker:
         self._shard_writer(folder)()
 
     def start_saving(self, folder: Path) -> None:
-        """Like :meth:`save`, from a copy, while the worker goes on."""
-        self.saving.start(self._shard_writer(folder, copied=True))
+        """Like :meth:`save`, while the worker goes on."""
+        self.saving.start(self._shard_writer(folder))
 
     def saving_status(self, wait: bool = False) -> str:
         """``writing``, ``done``, or what went wrong with :meth:`start_saving`."""
         return self.saving.status(wait)
 
-    def _shard_writer(self, folder: Path, copied: bool = False) -> Callable[[], None]:
+    def _shard_writer(self, folder: Path) -> Callable[[], None]:
+        """Writes the state of now, from a copy in host memory."""
         rank = self.rank
-        network = copy.deepcopy(self.network) if copied and rank.rank == 0 else self.network
+        network = self.optimizer.trained() if rank.rank == 0 else None
+        weights = sum(master.numel() * master.element_size() for master in self.optimizer.masters.values())
         tensors = self.optimizer.state_tensors()
-        return lambda: write_shard(folder, self.network_name, rank.rank, rank.ranks, network, tensors)
+        return lambda: write_shard(folder, self.network_name, rank.rank, rank.ranks, network, tensors, weights)
 
     def load(self, folder: Path) -> None:
         """Take weights and optimizer state from a checkpoint folder, however many ranks wrote it."""
@@ -228,7 +263,7 @@ class EncoderWorker(NetworkWorker):
         kept, out = [], []
         for tile, members in tiles_of(items) if self.ordered else [(micro_batch, list(items))]:
             inputs = [media[item.id] for item in members]
-            recompute = getattr(self.recipe.pools, self.rank.pool).recompute == "full"
+            recompute = self.pool.recompute == "full"
             with torch.set_grad_enabled(self.live and not recompute):
                 rows_ID, lengths = self.encode(inputs)
             ids = tuple(item.id for item in members)
@@ -245,7 +280,7 @@ class EncoderWorker(NetworkWorker):
         Args:
             micro_batch: Its number in the step.  gradients: Pieces whose items are those of :meth:`forward`.
         """
-        gradient_ID = join(gradients).values_ID
+        gradient_ID = join(gradients).values_ID.to(self.device)
         start = 0
         for tile, rows_ID, inputs, _ in self._kept.pop(micro_batch):
             if rows_ID is None:

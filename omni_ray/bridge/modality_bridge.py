@@ -59,7 +59,8 @@ def place(embeddings_TD: Tensor, batches: Sequence[EmbeddingBatch], routes: Mapp
 
     Args:
         embeddings_TD: [T, D] embeddings of the packed rows.
-        batches: What the encoder ranks sent, whole or in parts, in any order; empty ones are normal.
+        batches: What the encoder ranks sent, whole or in parts, in any order, of any float dtype and on any device;
+            empty ones are normal.
         routes: Items of this micro-batch by id.
 
     Raises:
@@ -76,8 +77,8 @@ def place(embeddings_TD: Tensor, batches: Sequence[EmbeddingBatch], routes: Mapp
     if not batches:
         return embeddings_TD
     rows = torch.cat([rows_of(batch, routes) for batch in batches])
-    values = torch.cat([batch.values_ID for batch in batches])
-    return embeddings_TD.index_copy(0, rows, values)
+    values = torch.cat([batch.values_ID.to(embeddings_TD) for batch in batches])
+    return embeddings_TD.index_copy(0, rows.to(embeddings_TD.device), values)
 
 
 def take_back(gradient_ID: Tensor, batch: EmbeddingBatch) -> EmbeddingBatch:

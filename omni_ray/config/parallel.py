@@ -15,6 +15,7 @@ class Resources(Checked):
 
     cpu: NonNegativeFloat = 1.0
     gpu: NonNegativeFloat = 0.0
+    """GPUs, or a share of one; with any, the actor computes there."""
     custom: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Custom resource labels, for instance ``{vision_gpu: 1}``."""
 
@@ -25,6 +26,7 @@ class PoolConfig(Checked):
     actors: PositiveInt = 1
     resources: Resources = Field(default_factory=Resources)
     precision: Literal["fp32", "bf16"] = "fp32"
+    """What weights and activations are computed in; what is trained and saved are fp32 masters either way."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward makes again instead of keeping it, with the same bits.
 
@@ -76,6 +78,13 @@ class Pools(Checked):
     wait_s: NonNegativeFloat = 0.0
     """How long to wait for an autoscaler when the cluster cannot hold the pools; 0 refuses at once."""
 
+    def for_serving(self) -> Pools:
+        """The same pools as replicas have them: trained in whatever precision, they answer in fp32."""
+        names = ("vision", "audio", "speech", "language")
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update={"precision": "fp32"}) for name in names}
+        )
+
 
 class Schedule(Checked):
     """When the calls of a step happen, and how sums are made."""
@@ -105,10 +114,12 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
     for name in ("vision", "audio", "speech", "language"):
         pool: PoolConfig = getattr(pools, name)
         later += [(f"pools.{name}.shard", pool.shard, "none"), (f"pools.{name}.offload", pool.offload, "none")]
-        later += [(f"pools.{name}.precision", pool.precision, "fp32")]
-        refuse_gpus(f"pools.{name}", pool.resources)
         if pool.recompute == "selective" and name != "language":
             raise ConfigError(f"pools.{name}.recompute is selective, which the language pool alone has; choose full")
+    if pools.speech.precision != "fp32":
+        raise ConfigError(
+            f"pools.speech.precision is {pools.speech.precision}, yet the codec's ids are made in fp32; choose fp32"
+        )
     language = pools.language
     later += [("pools.language.backend", language.backend, "native")]
     later += [(f"pools.language.{axis}", getattr(language, axis), 1) for axis in ("cp", "pp", "ep")]
@@ -120,15 +131,15 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
 
 
 def refuse_gpus(where: str, resources: Resources) -> None:
-    """Workers compute on the CPU so far; an actor that held a GPU without using it would be a silent loss.
+    """Replicas compute on the CPU so far; one that held a GPU without using it would be a silent loss.
 
     Raises:
         ConfigError: names the setting, its value and what to choose.
     """
     if resources.gpu:
         raise ConfigError(
-            f"{where}.resources.gpu is {resources.gpu:g}, which is not built yet in this version: workers compute on "
-            "the CPU; choose 0, and resources.custom to place actors"
+            f"{where}.resources.gpu is {resources.gpu:g}, which is not built yet in this version: replicas compute "
+            "on the CPU; choose 0, and resources.custom to place them"
         )
 
 

@@ -86,6 +86,10 @@ class Recipe(Checked):
         keep = self.model_dump(mode="json", include={"size", "model", "seed", "stages", "optimizer"})
         keep["stages"] = [{key: value for key, value in s.items() if key not in without} for s in keep["stages"]]
         keep["reduce"] = self.schedule.reduce
+        rounded = {name: getattr(self.pools, name).precision for name in ("vision", "audio", "language")}
+        rounded = {name: precision for name, precision in rounded.items() if precision != "fp32"}
+        if rounded:  # a run in fp32 keeps the fingerprint that it had before there was a choice
+            keep["precision"] = rounded
         keep["tile_items"] = self.data.tile_items
         keep["tokenizer"] = None if self.data.tokenizer is None else self.data.tokenizer.name
         for word in ("split", "form", "prompts"):

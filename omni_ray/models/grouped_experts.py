@@ -34,7 +34,7 @@ def grouped_mm(x: Tensor, weight: Tensor, ends_N: Tensor) -> Tensor:
     # The CUDA kernel takes bf16 only.
     if (x.device.type == "cpu" or x.dtype == torch.bfloat16) and _aligned(x) and _aligned(weight):
         return F.grouped_mm(x, weight, offs=ends_N)
-    bounds = list(itertools.pairwise([0, *ends_N.tolist()]))
+    bounds = list(itertools.pairwise([0, *ends_N.cpu().tolist()]))
     if weight.dim() == 2:
         return torch.stack([x[:, start:end] @ weight[start:end] for start, end in bounds])
     return torch.cat([x[start:end] @ weight[group] for group, (start, end) in enumerate(bounds)])

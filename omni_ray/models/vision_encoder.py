@@ -95,9 +95,9 @@ class PatchEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv3d(3, config.hidden_size, kernel_size=kernel, stride=kernel)
 
     def forward(self, patches_PC: Tensor) -> Tensor:
-        """Embed flattened patches [P, 3 * 2 * p * p] (channel, time, row, column) as [P, D]."""
+        """Embed flattened patches [P, 3 * 2 * p * p] (channel, time, row, column) as [P, D], in the weights' dtype."""
         conv = self.patch_embedding
-        return F.linear(patches_PC, conv.weight.flatten(1), conv.bias)
+        return F.linear(patches_PC.to(conv.weight.dtype), conv.weight.flatten(1), conv.bias)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from omni_ray.config.curriculum import LearningRate, Stage
 from omni_ray.config.training import OptimizerConfig
+from omni_ray.training.precision import Precision, compute_in, copy_with, host_copy
 from omni_ray.types.errors import CheckpointError
 
 
@@ -39,15 +40,21 @@ class PoolOptimizer:
     Gradients of a step are the sum of terms in a fixed order.  On a single rank the terms are added as they come, in
     submission order; with several ranks each keeps its terms, exchanges them, and adds all of them in the same order:
     the same additions, so the same bits.
+
+    A network that computes in bf16 trains fp32 masters: its weights are their rounded values, every gradient term is
+    widened before it is added, and AdamW sees masters alone.  In fp32 a parameter is its own master.
     """
 
-    def __init__(self, pool: str, module: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, pool: str, module: nn.Module, config: OptimizerConfig, precision: Precision = "fp32") -> None:
         self.pool = pool
         self.config = config
+        self.module = module
         self.parameters = dict(module.named_parameters())
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.parameters.items():
-            groups.setdefault((part_of(pool, name), parameter.ndim >= 2), []).append(parameter)
+        self.masters = compute_in(module, precision)
+        """What is trained and saved, by parameter name."""
+        groups: dict[tuple[str, bool], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            groups.setdefault((part_of(pool, name), master.ndim >= 2), []).append(master)
         self._adam = torch.optim.AdamW(
             [
                 {"params": members, "part": part, "weight_decay": config.weight_decay if matrix else 0.0}
@@ -68,23 +75,33 @@ class PoolOptimizer:
             live = live or trains
         return live
 
+    def close_term(self) -> None:
+        """Add what the backward left since the last call, as one term, to the gradient of the masters."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                wide = parameter.grad.to(master.dtype)
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                parameter.grad = None
+
     def take_term(self) -> Tensor:
         """The gradient since the last call as one flat vector [P]; parameters without one count as zeros."""
-        flat = torch.cat([_gradient(p).reshape(-1) for p in self._trainable()])
+        self.close_term()
+        flat = torch.cat([_gradient(master).reshape(-1) for master in self._trainable()])
         self.clear()
         return flat
 
     def put_terms(self, terms: Iterable[Tensor]) -> None:
-        """Set the gradient to the sum of flat terms, added in the given order."""
+        """Set the gradient to the sum of flat terms, added in the given order; they may lie in host memory."""
         total: Tensor | None = None
         for term in terms:
             total = term.clone() if total is None else total.add_(term)
         if total is None:
             return
         start = 0
-        for parameter in self._trainable():
-            size = parameter.numel()
-            parameter.grad = total[start : start + size].view_as(parameter)
+        for master in self._trainable():
+            size = master.numel()
+            master.grad = total[start : start + size].view_as(master).to(master.device)
             start += size
 
     def norm_squared(self) -> float:
@@ -93,10 +110,11 @@ class PoolOptimizer:
         A parameter that no row of the step touched gets a gradient of zeros, on one rank or many: AdamW skips missing
         gradients but not zeros, and pool sizes must not change what it does.
         """
+        self.close_term()
         total = 0.0
-        for parameter in self._trainable():
-            parameter.grad = _gradient(parameter)
-            total += float(parameter.grad.double().square().sum())
+        for master in self._trainable():
+            master.grad = _gradient(master)
+            total += float(master.grad.double().square().sum())
         return total
 
     def apply(self, norms_squared: Sequence[float], rate_of_part: Mapping[str, float]) -> tuple[float, bool]:
@@ -116,26 +134,46 @@ class PoolOptimizer:
         if made:
             limit = self.config.clip_norm
             if limit and norm > limit:
-                for parameter in self._trainable():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(limit / norm)
+                for master in self._trainable():
+                    if master.grad is not None:
+                        master.grad.mul_(limit / norm)
             for group in self._adam.param_groups:
                 group["lr"] = rate_of_part[group["part"]]
             self._adam.step()
+            self._round_weights()
         self.clear()
         return norm, made
 
     def clear(self) -> None:
         """Forget the gradient."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.masters[name].grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient by parameter name."""
+        return {name: master.grad for name, master in self.masters.items() if master.grad is not None}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The network's state by name, masters in place of rounded weights."""
+        return self.module.state_dict() | {name: master.detach() for name, master in self.masters.items()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`weights`."""
+        self.module.load_state_dict(weights)
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                master.copy_(weights[name])
+
+    def trained(self) -> nn.Module:
+        """A copy of the network in host memory, as it is saved: with masters for weights."""
+        return copy_with(self.module, self.masters)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Optimizer state by parameter name, for safetensors."""
+        """A copy of the optimizer state in host memory by parameter name, for safetensors."""
         out: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self._adam.state.get(parameter, {}).items():
-                out[f"{name}::{key}"] = value.detach().clone().contiguous()
+        for name, master in self.masters.items():
+            for key, value in self._adam.state.get(master, {}).items():
+                out[f"{name}::{key}"] = host_copy(value)
         return out
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -149,11 +187,19 @@ class PoolOptimizer:
             name, _, field = key.rpartition("::")
             if name not in self.parameters:
                 raise CheckpointError(f"optimizer tensor {key!r} belongs to no parameter of the {self.pool} network")
-            self._adam.state[self.parameters[name]][field] = value.clone()
+            master = self.masters[name]
+            self._adam.state[master][field] = value.to(master.device, copy=True)
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+    def _trainable(self) -> list[Tensor]:
+        """Masters of what trains."""
+        return [self.masters[name] for name, parameter in self.parameters.items() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def _round_weights(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+def _gradient(master: Tensor) -> Tensor:
+    return master.grad if master.grad is not None else torch.zeros_like(master)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni_ray.config.recipe import Recipe
 from omni_ray.data.chat import fill_codec_rows
@@ -45,7 +46,10 @@ class Reference:
         self.recipe = recipe
         self.networks: dict[str, Any] = {name: build_network(name, recipe).eval() for name in (*POOLS, "codec")}
         self.networks["language"].recompute = recipe.pools.language.recompute
-        self.optimizers = {name: PoolOptimizer(name, self.networks[name], recipe.optimizer) for name in POOLS}
+        self.optimizers = {
+            name: PoolOptimizer(name, self.networks[name], recipe.optimizer, getattr(recipe.pools, name).precision)
+            for name in POOLS
+        }
 
     def step(self, prepared: PreparedStep, keep_gradients: bool = False) -> ReferenceStep:
         """One step: forward, backward, one global norm, one optimizer step, one move of the expert bias.
@@ -72,13 +76,15 @@ class Reference:
             loss = loss + ahead_objective(language, output.ahead_TD, batch, scales, stage.loss.mtp)
             if loss.requires_grad:
                 loss.backward()
+                self.optimizers["language"].close_term()
             sums += part
             experts = experts + output.expert_counts_LE
-            for _, rows_ID, leaf_ID in tiles:
+            for members, rows_ID, leaf_ID in tiles:
                 if rows_ID.requires_grad:
                     rows_ID.backward(leaf_ID.grad)
+                    self.optimizers[members[0].modality.value].close_term()
         norms = [self.optimizers[name].norm_squared() for name in live]
-        gradients = {name: _copies(self.networks[name]) for name in live} if keep_gradients else {}
+        gradients = {name: _copies(self.optimizers[name]) for name in live} if keep_gradients else {}
         share = rates(stage.lr, inside, stage.steps)
         made = [self.optimizers[name].apply(norms, share)[1] for name in live]
         if "language" in live and all(made):
@@ -86,6 +92,12 @@ class Reference:
             language.update_expert_bias(experts, rate)
         norm = math.sqrt(sum(norms))
         return ReferenceStep(losses=means(sums, plan.counts), norm=norm, gradients=gradients)
+
+    def save(self, folder: Path) -> None:
+        """Write the trained networks under ``folder/model``, as a checkpoint holds them."""
+        for name in POOLS:
+            trained: Any = self.optimizers[name].trained()
+            trained.save_pretrained(folder / "model" / name)
 
     def _features(self, prepared: PreparedStep, items: list[ItemRoute]) -> list[tuple[list[ItemRoute], Tensor, Tensor]]:
         """Per tile: its items, the encoder's rows, and the leaf that the language model sees."""
@@ -129,5 +141,5 @@ def _placed(rows_TD: Tensor, tiles: list[tuple[list[ItemRoute], Tensor, Tensor]]
     return rows_TD
 
 
-def _copies(network: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+def _copies(optimizer: PoolOptimizer) -> dict[str, Tensor]:
+    return {name: gradient.clone() for name, gradient in optimizer.gradients().items()}

@@ -10,9 +10,8 @@ import torch
 
 from actors.cluster import local_or_joined
 from actors.placement import POOL_NAMES, Places
-from actors.pool import Pool, build_pools, start_pools
+from actors.pool import Pool, build_pools, rank_of, start_pools
 from actors.transport import unpack
-from actors.worker import Rank
 from omni_ray.config.load import check_recipe, load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.digest import differing_bits, digests
@@ -165,7 +164,7 @@ def seat(recipe: Recipe, pools: dict[str, Pool], feeder: Any) -> StepDriver:
     """Put fresh workers of a recipe into actors that are there, and the feeder on its pool sizes."""
     for name, pool in pools.items():
         for rank, actor in enumerate(pool.actors):
-            actor.adopt.remote(recipe, Rank(pool=name, rank=rank, ranks=len(pool)))
+            actor.adopt.remote(recipe, rank_of(recipe, name, rank))
     build_pools(recipe, pools)
     ray.get(feeder.use_ranks.remote(pool_ranks(recipe)))
     driver = StepDriver(recipe, pools, feeder)

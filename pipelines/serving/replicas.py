@@ -72,7 +72,9 @@ class WorkerReplica:
 
     def __init__(self, checkpoint: str) -> None:
         folder = Path(checkpoint)
-        self.worker = make_worker(read_recipe(folder), Rank(pool=self.pool))
+        recipe = read_recipe(folder)
+        recipe = recipe.model_copy(update={"pools": recipe.pools.for_serving()})
+        self.worker = make_worker(recipe, Rank(pool=self.pool))
         self.worker.build(folder / "model" / self.worker.network_name)
         self._one_at_a_time = asyncio.Lock()
 

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from actors.feeder import PayloadKey
+from actors.placement import pool_config
 from actors.pool import Pool
 from omni_ray.bridge.route import RouteTable
 from omni_ray.config.recipe import Recipe
@@ -152,7 +153,7 @@ class StepDriver:
             stepped=all(made for _, made in norms),
             rows=handles.plan.counts["rows"],
             experts_per_token=float(experts[:, : language.n_routed_experts].sum()) / assigned * language.moe_topk,
-            bytes_by_hop=bytes_by_hop(handles.plan, handles.live, language.hidden_size),
+            bytes_by_hop=bytes_by_hop(handles.plan, handles.live, self.recipe),
         )
 
     def _ask_payloads(self, step: _Step) -> None:
@@ -244,13 +245,17 @@ class StepDriver:
         return StepHandles(plan=step.plan, statistics=statistics, steps=steps, calls=step.calls, live=dict(self.live))
 
 
-def bytes_by_hop(plan: StepPlan, live: Mapping[str, bool], hidden: int) -> dict[str, int]:
-    """Payload of the bridge in a step, fp32: features to the language pool, gradients back to pools that train."""
+def bytes_by_hop(plan: StepPlan, live: Mapping[str, bool], recipe: Recipe) -> dict[str, int]:
+    """Payload of the bridge in a step: features to the language pool, gradients back to pools that train.
+
+    Both have the precision of the encoder that makes the features.
+    """
     hops: dict[str, int] = {}
     for modality in FEATURE_MODALITIES:
         rows = sum(item.length for item in plan.items if item.modality == modality)
         if rows:
-            hops[f"{modality.value}>language"] = rows * hidden * 4
+            width = 4 if pool_config(recipe, modality.value).precision == "fp32" else 2
+            hops[f"{modality.value}>language"] = rows * recipe.networks.language.hidden_size * width
             if live[modality.value]:
-                hops[f"language>{modality.value}"] = rows * hidden * 4
+                hops[f"language>{modality.value}"] = hops[f"{modality.value}>language"]
     return hops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from omni_ray.training.prepare import StepBuilder
 from omni_ray.training.reference import Reference
 from omni_ray.types.batch import StepPlan
 from omni_ray.types.errors import CheckpointError, ResourceError
+from omni_ray.types.modality import Modality
 from pipelines.training.loop import train
 
 
@@ -91,6 +93,33 @@ def check_timeline(path: Path, changes: dict[str, Any]) -> None:
     assert seen["language-0"] >= {"language", "bridge.receive", "bridge.send", "finish", "step", "wait"}
     assert seen["vision-0"] >= {"encode", "encoder_backward", "bridge.receive", "bridge.send", "wait"}
     assert seen["driver"] >= {"submit", "collect"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_pools_in_half_precision_equal_the_reference_bit_for_bit(base: Path, ray_cluster: None, tmp_path: Path) -> None:
+    """Masters are saved, a resume goes on from them, and the bridge carries half of the bytes."""
+    precision = {name: {"precision": "bf16", "actors": 2} for name in ("vision", "audio", "language")}
+    changes = {"stages": [STAGES[2]], "pools": precision, "checkpoint": {"every_steps": 2}}
+    recipe = mini_recipe(base, **changes)
+    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
+    for step in range(recipe.total_steps):
+        oracle.step(builder.build(step))
+    oracle.save(tmp_path / "reference")
+    result = train(recipe, tmp_path / "run", quiet=True)
+    assert result.checkpoint is not None
+    assert differing(weights(result.checkpoint), weights(tmp_path / "reference")) == []
+    shutil.rmtree(result.checkpoint)
+    result = train(recipe, tmp_path / "run", resume=True, quiet=True)
+    assert result.checkpoint is not None
+    assert differing(weights(result.checkpoint), weights(tmp_path / "reference")) == []
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    plans = [StepPlan.from_json(line) for line in (tmp_path / "run" / "plans.jsonl").read_text().splitlines()]
+    for line, plan in zip(lines, plans, strict=True):
+        rows = sum(item.length for item in plan.items if item.modality == Modality.VISION)
+        assert line["bridge/vision>language_bytes"] == rows * recipe.networks.language.hidden_size * 2
+    with pytest.raises(CheckpointError, match="was made by another recipe"):
+        train(mini_recipe(base, **(changes | {"pools": {}})), tmp_path / "run", resume=True, quiet=True)
 
 
 @pytest.mark.ray

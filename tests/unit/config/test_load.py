@@ -15,7 +15,7 @@ REFUSED = {
     "stages.0.lr.peek=1": "unknown key 'stages.0.lr.peek'; the nearest known key is 'peak'",
     "pools.language.cp=2": "pools.language.actors is 1, yet dp x cp x pp is 1 x 2 x 1; set actors to their product",
     "pools.language.backend=deepspeed": "pools.language.backend is deepspeed, which is not built yet",
-    "pools.vision.resources.gpu=1": "pools.vision.resources.gpu is 1, which is not built yet in this version: workers",
+    "pools.speech.precision=bf16": "pools.speech.precision is bf16, yet the codec's ids are made in fp32; choose fp32",
     "serving.pools.audio.resources.gpu=0.5": "serving.pools.audio.resources.gpu is 0.5, which is not built yet",
     "pools.vision.shard=hsdp": "pools.vision.shard is hsdp, which is not built yet in this version; choose none",
     "schedule.reduce=quick": "schedule.reduce is 'quick'; input should be 'ordered' or 'fast'",
@@ -62,6 +62,24 @@ def test_pool_sizes_do_not_change_the_numbers_fingerprint() -> None:
     base = load_recipe("tiny").numbers_fingerprint()
     assert load_recipe("tiny", ["pools.vision.actors=3", "schedule.num_chunks=4"]).numbers_fingerprint() == base
     assert load_recipe("tiny", ["seed=1"]).numbers_fingerprint() != base
+
+
+def test_precision_changes_the_numbers_fingerprint() -> None:
+    """A run in fp32 keeps the one that it had before there was a choice."""
+    prints = {
+        words: load_recipe("tiny", list(words)).numbers_fingerprint()
+        for words in (
+            (),
+            ("pools.vision.precision=bf16",),
+            ("pools.audio.precision=bf16",),
+            ("pools.vision.precision=fp32",),
+        )
+    }
+    assert len(set(prints.values())) == 3
+    assert prints[()] == prints["pools.vision.precision=fp32",]
+    recipe = load_recipe("tiny", ["pools.vision.precision=bf16", "pools.vision.actors=3"])
+    assert recipe.pools.for_serving().vision.precision == "fp32"
+    assert recipe.pools.for_serving().vision.actors == 3
 
 
 def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:

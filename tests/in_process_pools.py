@@ -1,0 +1,102 @@
+"""The pools' actors as plain objects in one process: a step's calls in the order of the driver, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from actors.language import StepContext
+from actors.placement import POOL_NAMES, pool_config
+from actors.pool_actor import PoolActor
+from actors.transport import pack
+from actors.worker import Rank
+from omni_ray.bridge.route import RouteTable
+from omni_ray.config.recipe import Recipe
+from omni_ray.training.networks import POOLS
+from omni_ray.training.prepare import PreparedStep
+from omni_ray.types.modality import FEATURE_MODALITIES, Modality
+
+
+class InProcessPools:
+    """Real actors' classes and real workers; what travels between them is packed as on its way through the store."""
+
+    def __init__(self, recipe: Recipe, device: str = "cpu", folder: Path | None = None) -> None:
+        self.recipe = recipe
+        self.pools: dict[str, list[PoolActor]] = {}
+        for name in POOL_NAMES:
+            ranks = pool_config(recipe, name).actors
+            self.pools[name] = [
+                PoolActor(recipe, Rank(pool=name, rank=r, ranks=ranks, device=device)) for r in range(ranks)
+            ]
+            self.all(name, *(("build",) if folder is None else ("load", folder)))
+        self.stage = -1
+
+    def all(self, pool: str, method: str, *args: Any) -> list[Any]:
+        """A worker method on every rank."""
+        return [actor.invoke(method, *args) for actor in self.pools[pool]]
+
+    def step(self, prepared: PreparedStep) -> tuple[float, bool]:
+        """One training step; returns its norm and whether it was made."""
+        plan, recipe = prepared.plan, self.recipe
+        stage = recipe.stages.index(recipe.stage_at(plan.step)[0])
+        live = {name: any(self.all(name, "set_stage", stage)) for name in POOL_NAMES}
+        wanted = [modality for modality in FEATURE_MODALITIES if live[modality.value]]
+        routes = RouteTable.of(plan)
+        for index in plan.order:
+            sent = self._encode(prepared, routes, index)
+            self._backward(index, self._language(prepared, index, sent, wanted), sent, wanted)
+        training = [name for name in POOLS if live[name]]
+        norms = [self._finish(name) for name in training]
+        made = [actor.step(plan.step, *norms) for name in training for actor in self.pools[name]]
+        statistics = self.all("language", "take_statistics")
+        if live["language"]:
+            for actor in self.pools["language"]:
+                actor.balance(plan.step, made[0], *statistics)
+        return made[0][0], all(stepped for _, stepped in made)
+
+    def _encode(self, prepared: PreparedStep, routes: RouteTable, index: int) -> list[tuple[Modality, int, list[Any]]]:
+        sent = []
+        for modality in Modality:
+            chunks = 1 if modality == Modality.SPEECH else self.recipe.schedule.num_chunks
+            for rank in routes.ranks(index, modality):
+                items = routes.select(index, modality, rank)
+                media = {item.id: prepared.media[item.id] for item in items}
+                pieces = self.pools[modality.value][rank].encode(index, items, chunks, None, media)
+                sent.append((modality, rank, pieces if chunks > 1 else [pieces]))
+        return sent
+
+    def _language(self, prepared: PreparedStep, index: int, sent: list[Any], wanted: list[Modality]) -> list[Any]:
+        items = tuple(item for item in prepared.plan.items if item.micro_batch == index)
+        targets = frozenset(item.id for item in items) & prepared.targets
+        context = StepContext(counts=prepared.plan.counts, items=items, targets=targets)
+        payload = (pack(prepared.batches[index]), context)
+        layout = [(modality, len(pieces)) for modality, _, pieces in sent]
+        actor = self.pools["language"][prepared.plan.micro_batches[index].language_rank]
+        out = actor.language(index, payload, layout, wanted, *(piece for _, _, pieces in sent for piece in pieces))
+        return list(out[1:]) if out is not None else []
+
+    def _backward(self, index: int, gradients: list[Any], sent: list[Any], wanted: list[Modality]) -> None:
+        back = iter(gradients)
+        for modality, rank, pieces in sent:
+            if modality in wanted:
+                self.pools[modality.value][rank].encoder_backward(index, *(next(back) for _ in pieces))
+
+    def _finish(self, name: str) -> float:
+        terms = self.all(name, "give_terms") if len(self.pools[name]) > 1 else []
+        closed = [actor.finish(*terms) for actor in self.pools[name]]
+        return closed[0]
+
+    def weights(self, rank: int = 0) -> dict[str, Tensor]:
+        """What is trained, by network and parameter or buffer, in host memory."""
+        return {
+            f"{name}/{key}": value.detach().cpu()
+            for name in POOLS
+            for key, value in self.pools[name][min(rank, len(self.pools[name]) - 1)].worker.optimizer.weights().items()
+        }
+
+
+def reference_weights(reference: Any) -> dict[str, Tensor]:
+    """The same of the single process."""
+    return {f"{name}/{key}": value for name in POOLS for key, value in reference.optimizers[name].weights().items()}
