@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_ray.config.model import AudioConfig
 from omni_ray.models.fbank import Fbank, FbankState
 from omni_ray.models.fsmn import FsmnLayer, LayerState
-from omni_ray.models.layers import row_padded
+from omni_ray.models.fused_linear import linear_relu6
+from omni_ray.models.layers import ROW_TILE, row_padded
 from omni_ray.models.pretrained import Pretrained
 from omni_ray.models.streaming import GappedRows, item_runs
 from omni_ray.types.errors import ConfigError, MediaError
@@ -56,7 +56,7 @@ class PreFFN(nn.Module):
 
     def forward(self, spliced_RC: Tensor) -> Tensor:
         """[R, C] -> [R, P]."""
-        out_RP: Tensor = self.linear2(F.relu6(self.linear1(spliced_RC)))
+        out_RP: Tensor = self.linear2(linear_relu6(self.linear1, spliced_RC))
         return out_RP
 
 
@@ -96,14 +96,14 @@ class FsmnEncoder(nn.Module):
         config = self.config
         spliced = [self._splice(self._with_left(frames_TM[None]), final=True)[0][0] for frames_TM in features]
         lengths = tuple(piece_NC.shape[0] for piece_NC in spliced)
-        width = config.splice_frames * config.num_mels
-        spliced_RC = torch.cat(spliced) if spliced else self.ctc_head.weight.new_zeros(0, width)
-        x_RP = row_padded(self.pre_ffn, spliced_RC)
-        rows = {r: GappedRows(lengths, config.left_order, r, x_RP.device) for r in {0, config.right_order}}
+        # Spare rows of zeros, an utterance of their own: a row's bits then do not depend on who shares its batch.
+        spare = -sum(lengths) % ROW_TILE
+        spliced.append(self.ctc_head.weight.new_zeros(spare, config.splice_frames * config.num_mels))
+        x_RP = self.pre_ffn(torch.cat(spliced))
+        rows = GappedRows((*lengths, spare), config.left_order, config.right_order, x_RP.device)
         for layer in self.layers:
-            assert isinstance(layer, FsmnLayer)
-            x_RP = layer(x_RP, rows[layer.right_order])
-        return row_padded(self._post, x_RP), lengths
+            x_RP = layer(x_RP, rows)
+        return self._post(x_RP)[: len(x_RP) - spare], lengths
 
     def stream(
         self, frames_BTM: Tensor, pending_BTM: Tensor | None, layers: Sequence[LayerState], final: bool
@@ -158,7 +158,8 @@ class FsmnEncoder(nn.Module):
 
     def _post(self, x_RP: Tensor) -> Tensor:
         for linear in self.post_ffn:
-            x_RP = F.relu6(linear(x_RP))
+            assert isinstance(linear, nn.Linear)
+            x_RP = linear_relu6(linear, x_RP)
         return x_RP
 
 

@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from omni_ray.models.layers import row_padded
+from omni_ray.models.layers import ROW_TILE
 from omni_ray.types.errors import ConfigError, MediaError
 
 # B streams, S samples, T fbank frames, R frames of all streams, F frequency bins, M mel bins, W window samples
@@ -19,8 +19,8 @@ SHIFT_S = 0.010
 PRE_EMPHASIS = 0.97
 WINDOW_POWER = 0.85
 INT16_SCALE = 32768.0
-BLOCK_FRAMES = 512
-"""Frames transformed at a time."""
+BLOCK_FRAMES = 256
+"""Frames transformed at a time; a multiple of 16, and their spectra stay in the cache."""
 LOG_FLOOR = float(numpy.finfo(numpy.float32).eps)
 
 
@@ -51,9 +51,12 @@ def mel_filters(num_mels: int, low_hz: float, high_hz: float, sample_rate_hz: in
 def _tables(
     num_mels: int, low_hz: float, high_hz: float, sample_rate_hz: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Window [W] and filters [F, M] in fp32; kept out of the module so that no dtype or meta move can spoil them."""
+    """Window [W] and filters [F, M] in fp32; kept out of the module so that no dtype or meta move can spoil them.
+
+    The window carries the int16 range: a power of two, so that no bit depends on where it is multiplied.
+    """
     window = round(WINDOW_S * sample_rate_hz)
-    hann_W = numpy.hanning(window) ** WINDOW_POWER
+    hann_W = INT16_SCALE * numpy.hanning(window) ** WINDOW_POWER
     filters_FM = mel_filters(num_mels, low_hz, high_hz, sample_rate_hz, fft_size_of(window))
     return (
         torch.from_numpy(hann_W).to(device=device, dtype=torch.float32),
@@ -133,8 +136,8 @@ class Fbank(nn.Module):
         tail_BS = samples_BS[:, frames * self.shift :].clone()
         if not frames:
             return samples_BS.new_zeros(batch, 0, self.num_mels), FbankState(tail_BS=tail_BS)
-        features_RM = self._blocks(samples_BS.unfold(-1, self.window, self.shift).flatten(0, 1))
-        return features_RM.reshape(batch, frames, self.num_mels), FbankState(tail_BS=tail_BS)
+        features_RM = self._log_mel(list(samples_BS))
+        return features_RM.view(batch, frames, self.num_mels), FbankState(tail_BS=tail_BS)
 
     def many(self, waves: Sequence[Tensor]) -> list[Tensor]:
         """Features [T, M] of several signals [S] of any lengths, their frames side by side in one batch.
@@ -144,15 +147,10 @@ class Fbank(nn.Module):
         """
         if len(waves) < 2:
             return [self(wave_S) for wave_S in waves]
-        frames = []
         for i, wave_S in enumerate(waves):
             self._check_length(wave_S.shape[-1], f"recording {i}")
-            frames.append(wave_S.to(torch.float32).unfold(-1, self.window, self.shift))
-        return list(self._blocks(torch.cat(frames)).split([len(frames_TW) for frames_TW in frames]))
-
-    def _blocks(self, frames_RW: Tensor) -> Tensor:
-        """Log-mel rows in blocks that stay in the cache; block sizes are multiples of 16, so the bits are the same."""
-        return torch.cat([row_padded(self._log_mel, block_RW) for block_RW in frames_RW.split(BLOCK_FRAMES)])
+        counts = [self.num_frames(wave_S.shape[-1]) for wave_S in waves]
+        return list(self._log_mel([wave_S.to(torch.float32) for wave_S in waves]).split(counts))
 
     def _check_length(self, samples: int, what: str) -> None:
         if samples < self.window:
@@ -161,14 +159,51 @@ class Fbank(nn.Module):
                 f"({WINDOW_S * 1000:.0f} ms at {self.sample_rate_hz} Hz); give a longer recording"
             )
 
-    def _log_mel(self, frames_RW: Tensor) -> Tensor:
-        window_W, filters_FM = _tables(self.num_mels, self.low_hz, self.high_hz, self.sample_rate_hz, frames_RW.device)
-        frames_RW = frames_RW * INT16_SCALE
-        previous_RW = torch.cat([frames_RW[:, :1], frames_RW[:, :-1]], dim=-1)
-        windowed_RW = (frames_RW - PRE_EMPHASIS * previous_RW) * window_W
-        spectrum_RF = torch.fft.rfft(windowed_RW, n=fft_size_of(self.window))
-        power_RF = spectrum_RF.real.square() + spectrum_RF.imag.square()
-        return (power_RF @ filters_FM).clamp_min(LOG_FLOOR).log()
+    @torch.no_grad()
+    def _log_mel(self, signals: Sequence[Tensor]) -> Tensor:
+        """Log-mel rows [R, M] of signals [S], joined.
+
+        Frames of all signals pass through one block of memory, so nothing of their size is written in between. Blocks
+        are filled up to multiples of 16 rows, so a row's bits do not depend on what shares its block.
+        """
+        device = signals[0].device
+        window_W, filters_FM = _tables(self.num_mels, self.low_hz, self.high_hz, self.sample_rate_hz, device)
+        total = sum(self.num_frames(signal_S.shape[-1]) for signal_S in signals)
+        features_RM = torch.empty(total, self.num_mels, device=device)
+        block_RW = torch.zeros(min(BLOCK_FRAMES, total + -total % ROW_TILE), fft_size_of(self.window), device=device)
+        done = filled = 0
+        for signal_S in signals:
+            frames_TW = self._emphasised(signal_S).unfold(-1, self.window, self.shift)
+            while len(frames_TW):
+                room = len(block_RW) - filled
+                piece_TW, frames_TW = frames_TW[:room], frames_TW[room:]
+                torch.mul(piece_TW, window_W, out=block_RW[filled : filled + len(piece_TW), : self.window])
+                filled += len(piece_TW)
+                if filled == len(block_RW) or done + filled == total:
+                    energies_RM = _mel_energies(block_RW[: filled + -filled % ROW_TILE], filters_FM)
+                    torch.clamp(energies_RM[:filled], min=LOG_FLOOR, out=features_RM[done : done + filled])
+                    done, filled = done + filled, 0
+        return features_RM.log_()
+
+    def _emphasised(self, signal_S: Tensor) -> Tensor:
+        """x_s - 0.97 x_{s-1} over the whole signal.
+
+        By definition the first sample of each frame uses itself in place of its predecessor; the window is zero there,
+        so it makes no difference. Product and difference are two operations: fused, their rounding would depend on
+        where a sample stands.
+        """
+        emphasised_S = torch.empty_like(signal_S)
+        emphasised_S[:1] = 0
+        torch.mul(signal_S[:-1], PRE_EMPHASIS, out=emphasised_S[1:])
+        torch.sub(signal_S[1:], emphasised_S[1:], out=emphasised_S[1:])
+        return emphasised_S
+
+
+def _mel_energies(block_RW: Tensor, filters_FM: Tensor) -> Tensor:
+    """Windowed frames, filled up with zeros to the transform's size, to mel energies [R, M]."""
+    squares_RF2 = torch.view_as_real(torch.fft.rfft(block_RW))
+    squares_RF2.mul_(squares_RF2)
+    return (squares_RF2[..., 0] + squares_RF2[..., 1]) @ filters_FM
 
 
 def spec_augment(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from omni_ray.config.model import AudioConfig
+from omni_ray.models.fused_linear import linear_add, linear_relu6
 from omni_ray.models.layers import row_padded
 from omni_ray.models.streaming import GappedRows
 
@@ -92,7 +93,7 @@ class FsmnLayer(nn.Module):
 
     def forward(self, x_RP: Tensor, rows: GappedRows) -> Tensor:
         """Whole utterances, packed: [R, P] -> [R, P]; ``rows`` has gaps of at least N1 before and N2 after."""
-        remembered_RP = rows.collect(self._remember(rows.spread(self.norm1(x_RP))))
+        remembered_RP = rows.collect(self._remember(rows.spread(self.norm1(x_RP))), self.left_order)
         return self._feed_forward(self.dropout(remembered_RP).add_(x_RP))
 
     def stream(self, x_BNP: Tensor, state: LayerState, final: bool) -> tuple[Tensor, LayerState]:
@@ -123,8 +124,7 @@ class FsmnLayer(nn.Module):
         return out_BNP.view(*normed.shape[:-2], *out_BNP.shape[-2:])
 
     def _feed_forward(self, m_RP: Tensor) -> Tensor:
-        def residual(m_RP: Tensor) -> Tensor:
-            out_RP: Tensor = self.linear2(F.relu6(self.linear1(self.norm2(m_RP)), inplace=True))
-            return out_RP
+        def outer(m_RP: Tensor) -> Tensor:
+            return linear_add(self.linear2, linear_relu6(self.linear1, self.norm2(m_RP)), m_RP)
 
-        return row_padded(residual, m_RP).add_(m_RP)
+        return row_padded(outer, m_RP)

@@ -47,18 +47,22 @@ class GappedRows:
         """Lay out utterances of ``lengths`` rows with ``left`` zeros before and ``right`` zeros after each."""
         ends = list(accumulate(length + left + right for length in lengths))
         self.total = ends[-1] if ends else left + right
-        self.left = left
+        self._spread_GD: Tensor | None = None
         starts = [end - right - length for end, length in zip(ends, lengths, strict=True)]
         pieces = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         self.slot_R = (torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.long)).to(device)
 
     def spread(self, x_RD: Tensor) -> Tensor:
-        """Packed rows [R, D] -> [G, D], zeros in the gaps."""
-        return x_RD.new_zeros(self.total, x_RD.shape[-1]).index_copy_(0, self.slot_R, x_RD)
+        """Packed rows [R, D] -> [G, D], zeros in the gaps; without a graph the next call overwrites the result."""
+        if torch.is_grad_enabled():
+            return x_RD.new_zeros(self.total, x_RD.shape[-1]).index_copy_(0, self.slot_R, x_RD)
+        if self._spread_GD is None or self._spread_GD.shape[1] != x_RD.shape[1]:
+            self._spread_GD = x_RD.new_zeros(self.total, x_RD.shape[-1])
+        return self._spread_GD.index_copy_(0, self.slot_R, x_RD)
 
-    def collect(self, filtered_GD: Tensor) -> Tensor:
+    def collect(self, filtered_GD: Tensor, left: int) -> Tensor:
         """Rows of a filter's output whose window begins ``left`` rows before the row itself: back to [R, D]."""
-        return filtered_GD.index_select(0, self.slot_R - self.left)
+        return filtered_GD.index_select(0, self.slot_R - left)
 
 
 def in_pieces(

@@ -76,6 +76,30 @@ def test_chunked_equals_whole(wave: Tensor, chunk: int) -> None:
     assert torch.equal(torch.cat(parts), fbank(wave[:2000] if chunk == 1 else wave))
 
 
+def test_agrees_with_kaldi_as_torchaudio_has_it(wave: Tensor) -> None:
+    from torchaudio.compliance.kaldi import fbank as kaldi_fbank
+
+    expected_TM = kaldi_fbank(
+        32768.0 * wave[None],
+        num_mel_bins=80,
+        low_freq=40.0,
+        high_freq=7800.0,
+        window_type="povey",
+        preemphasis_coefficient=0.97,
+        remove_dc_offset=False,
+        dither=0.0,
+        snip_edges=True,
+    )
+    torch.testing.assert_close(Fbank()(wave), expected_TM, rtol=1e-4, atol=1e-3)
+
+
+def test_recordings_side_by_side_equal_each_alone(wave: Tensor) -> None:
+    waves = [wave[:n] for n in (400, 9777, 559, 560, 5000)] + [wave.repeat(9)]
+    fbank = Fbank()
+    for wave_S, features_TM in zip(waves, fbank.many(waves), strict=True):
+        assert torch.equal(features_TM, fbank(wave_S))
+
+
 def test_batch_equals_single(wave: Tensor) -> None:
     fbank = Fbank()
     wave_BS = torch.stack([wave, wave.flip(0), 0.1 * wave])
