@@ -97,6 +97,8 @@ class Order(StrEnum):
     """Push-to-talk, or a client with its own detector: the user's turn has ended."""
     CLEAR = "clear"
     """Forget the turn that is being heard."""
+    SPEAK = "speak"
+    """An answer leaves that no turn of the user's has asked for."""
     SPOKEN = "spoken"
     """The answer was heard to its end, or there is none."""
 
@@ -223,6 +225,8 @@ def _ordered(state: TurnState, order: Order) -> tuple[TurnState, tuple[Event, ..
         if state.phase == Phase.SPECULATE:
             events = (Event(sign=Sign.ROLLBACK, at=at, speech_end=state.speech_end),)
         return replace(state, phase=Phase.IDLE, onset=None, run=0), events
+    if order == Order.SPEAK:
+        return (replace(state, phase=Phase.SPEAK) if state.phase == Phase.IDLE else state), ()
     if state.phase != Phase.SPEAK:
         return state, ()
     # What the user has begun to say while the last of the answer sounded counts towards the next turn.

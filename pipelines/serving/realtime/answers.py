@@ -48,6 +48,11 @@ class Answers:
         self.any_done = False
         self.max_seen_tokens = DEFAULT_TOKENS
 
+    @property
+    def busy(self) -> bool:
+        """Whether an answer of the conversation is still being made; one that is only still heard makes room."""
+        return self.active is not None and not self.active.over
+
     def begin(self, unseen: Item | None = None, given: Mapping[str, Any] | None = None) -> Response:
         """Begin to answer the conversation; nothing is seen before :meth:`release`.
 
@@ -56,6 +61,7 @@ class Answers:
             given: Settings of this response alone.
         """
         response = self._make(given or {}, self.dialogue.session, self.dialogue.conversation.id)
+        self._end_timer()
         self.active = response
         response.timing.asked = time.monotonic()
 
@@ -115,9 +121,8 @@ class Answers:
         response = self._apart.get(response_id or "") or self.active
         if response is None or (response_id is not None and response.id != response_id):
             return False
-        if self._timer is not None and response is self.active:
-            self._timer.cancel()
-            self._timer = None
+        if response is self.active:
+            self._end_timer()
         was_over = response.over
         response.finish("cancelled", reason)
         task = self._tasks.get(response.id)
@@ -213,9 +218,13 @@ class Answers:
                 self.active = None
             self._on_spoken()
 
+        self._end_timer()
+        self._timer = asyncio.get_running_loop().call_later(left, spoken)
+
+    def _end_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(left, spoken)
+            self._timer = None
 
     def _make(self, given: Mapping[str, Any], session: str, conversation: str | None) -> Response:
         self.number += 1

@@ -243,6 +243,7 @@ class Session:
             self.dialogue.conversation.add(item)
             self.dialogue.do(build)
         self.answers.release(self.answers.begin(None, given))
+        self.turns.answering()
 
     def _response_settings(self, body: Any) -> dict[str, Any]:
         if not isinstance(body, Mapping):

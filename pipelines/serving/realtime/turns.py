@@ -119,6 +119,11 @@ class Turns:
         self.ear.log.forget(self.ear.log.end)
         self.emit({"type": "input_audio_buffer.cleared"})
 
+    def answering(self) -> None:
+        """The client has asked for an answer itself: speech from now on speaks into it."""
+        for event in self.ear.order(Order.SPEAK):
+            self._act(event)
+
     def spoken(self) -> None:
         """The answer was heard to its end, or there is none."""
         for event in self.ear.order(Order.SPOKEN):
@@ -199,7 +204,7 @@ class Turns:
 
     def _speculate(self, turn: LiveTurn, at: int) -> None:
         detection = self.settings.detection
-        if self.answers.active is not None or detection is None or not detection["create_response"]:
+        if self.answers.busy or detection is None or not detection["create_response"]:
             return
         self._feed(turn, at)
         item = self._item(turn)
@@ -241,7 +246,7 @@ class Turns:
         item = self._item(turn)
         closing = self._close(turn, until, item)
         self._commit_item(turn, item, self.ear.log.end, closing)
-        if answer and self.answers.active is None:
+        if answer and not self.answers.busy:
             self.answers.release(self.answers.begin())
         elif self.ear.phase == Phase.SPEAK and self.answers.active is None:
             self.spoken()

@@ -27,12 +27,13 @@ STEP = 512
 
 
 def trace(pattern: str) -> list[Signal]:
-    """One character a window: # speech, - a soft sound (0.4), . silence; ! the answer was heard, C commit, X clear."""
+    """One character a window: # speech, - a soft sound (0.4), . silence; ! the answer was heard, C commit, X clear, A an answer that
+    the client asked for leaves."""
     signals: list[Signal] = []
     place = 0
     for sign in pattern:
-        if sign in "!CX":
-            signals.append({"!": Order.SPOKEN, "C": Order.COMMIT, "X": Order.CLEAR}[sign])
+        if sign in "!CXA":
+            signals.append({"!": Order.SPOKEN, "C": Order.COMMIT, "X": Order.CLEAR, "A": Order.SPEAK}[sign])
             continue
         probability = {"#": 0.9, "-": 0.4, ".": 0.02}[sign]
         signals.append(Window(probability=probability, start=place, end=place + STEP))
@@ -57,6 +58,9 @@ def signs(pattern: str, config: TurnConfig = CONFIG) -> list[str]:
         ("####" + "." * 10 + "#", ["turn_start", "speculate", "rollback"]),
         ("####" + "." * 10 + "-" + "." * 9, ["turn_start", "speculate", "turn_end"]),  # a soft sound does not go on
         ("####" + "-" * 30, ["turn_start"]),  # inside speech it does
+        ("..A" + "#" * 12, ["interrupt", "turn_start"]),
+        ("..A..!..####", ["done", "turn_start"]),
+        ("####A" + "." * 19, ["turn_start", "speculate", "turn_end"]),  # the user is speaking already
         ("####" + "." * 10 + "#" + "." * 19, ["turn_start", "speculate", "rollback", "speculate", "turn_end"]),
         ("####" + "." * 19 + "##.", ["turn_start", "speculate", "turn_end"]),  # shorter than a barge-in
         ("####" + "." * 19 + "###", ["turn_start", "speculate", "turn_end", "interrupt", "turn_start"]),

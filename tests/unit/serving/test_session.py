@@ -179,6 +179,27 @@ def test_barge_in_stops_the_sound_and_cuts_the_history_at_punctuation(model_and_
     )
 
 
+@pytest.mark.parametrize("interrupt", [True, False])
+def test_speech_into_an_answer_that_the_client_asked_for_is_answered(model_and_stages: Any, interrupt: bool) -> None:
+    """Its sound is sent long before it is heard; the turn that ends meanwhile has its answer all the same."""
+
+    async def talk(client: Client) -> None:
+        detection = {"type": "server_vad", "interrupt_response": interrupt}
+        session = {"type": "realtime", "max_output_tokens": 60, "audio": {"input": {"turn_detection": detection}}}
+        await client.send("session.update", session=session)
+        content = [{"type": "input_text", "text": "which digit is it"}]
+        await client.send("conversation.item.create", item={"type": "message", "role": "user", "content": content})
+        await client.send("response.create")
+        first = await client.wait("response.done")
+        await client.say(voiced(0.8), room(1.2))
+        second = await client.wait("response.done", 2)
+        assert second["response"]["id"] != first["response"]["id"]
+        assert second["response"]["status"] in ("completed", "incomplete")
+        assert len(client.of("input_audio_buffer.committed")) == 1
+
+    run(model_and_stages, talk)
+
+
 def test_push_to_talk_text_pictures_and_responses_apart(model_and_stages: Any) -> None:
     async def talk(client: Client) -> None:
         off = {"input": {"turn_detection": None}}
