@@ -12,6 +12,7 @@ from mini_world import mini_recipe, write_world
 
 from actors.drawing import draw_dataset
 from actors.feeder import Feeder, use_small_blocks
+from omni_ray.data.order_state import Held
 from omni_ray.training.prepare import StepBuilder
 
 pytestmark = [
@@ -72,3 +73,33 @@ def test_draws_are_passed_on_a_few_at_a_time(ray_cluster: None, tmp_path: Path) 
     drawn = draw_dataset(recipe, tmp_path / "world", None, 0, 64).materialize()
     assert drawn.num_blocks() >= 16
     assert [row["step"] for row in drawn.iter_rows()] == list(range(64))
+
+
+def test_weights_that_change_in_the_running_feeder_repeat_and_lose_nothing(ray_cluster: None, tmp_path: Path) -> None:
+    """Steps decoded ahead under the old weights are forgotten, not used and not skipped."""
+    (tmp_path / "world").mkdir()
+    write_world(tmp_path / "world")
+    stage = {"name": "S", "steps": 400, "trainable": ["language"], "seq_len": 96, "micro_batches": 1}
+    packing = {"packing": {"kind": "best_fit", "budget": 128, "lookahead": 8}}
+    recipe = mini_recipe(tmp_path, stages=[stage | FORMS["packed"] | packing])
+    feeder = Feeder(recipe, tmp_path / "world", 0)
+    placed, shares = [], []
+    try:
+        for step in range(6):
+            if step in (2, 4):
+                feeder.weigh(step, {"picture": 12.0 if step == 2 else 0.1})
+            plan, _ = feeder.plan(step)
+            names = [name for batch in plan.micro_batches for name in batch.samples]
+            shares.append(sum(name.startswith("picture") for name in names) / len(names))
+            placed += names
+        state = feeder.position(6)
+    finally:
+        feeder.stop()
+    passes = max(state.drawn["text"] / 60, state.drawn["picture"] / 40)
+    assert passes <= 1, "so that a name met twice is a sample repeated"
+    planner = StepBuilder(recipe, tmp_path / "world").planner
+    waiting = [str(planner.ref(held)) for held in state.buffer + state.waiting]
+    drawn = [str(planner.ref(Held(stream=key, number=n))) for key, count in state.drawn.items() for n in range(count)]
+    assert sorted(placed + waiting) == sorted(drawn)
+    assert len(set(drawn)) == len(drawn)
+    assert shares[3] > shares[1] + 0.1
