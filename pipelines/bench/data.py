@@ -64,14 +64,16 @@ def _through_ray(root: Path, recipe: Recipe, decode: PlainDecode, repeats: int) 
     decoded_here: list[float] = []
     workers = recipe.data.workers
 
-    def ours() -> float:
-        rate, fraction = feeder_rate(Feeder(recipe, root, 0))
+    def ours(packed: bool) -> float:
+        chosen = material_recipe(root, workers, recipe.seed, packed=packed)
+        rate, fraction = feeder_rate(Feeder(chosen, root, 0))
         decoded_here.append(fraction)
         return rate
 
     plain = plain_loader(root, decode, workers, SHARES, CLIPS // SHARDS)
-    rates = alternate({"ray": ours, "plain": lambda: window_rate(plain(), len)}, repeats)
-    ratios = [a / b for a, b in zip(rates["ray"], rates["plain"], strict=True)]
+    sides = {"ray": lambda: ours(False), "packed": lambda: ours(True), "plain": lambda: window_rate(plain(), len)}
+    rates = alternate(sides, repeats)
+    ratios, packed = ([a / b for a, b in zip(rates[name], rates["plain"], strict=True)] for name in ("ray", "packed"))
     against = f"webdataset + torchvision/PyAV in torch's DataLoader; {workers} workers each, 28 JPEGs to 4 films"
     return (
         measured("throughput_ratio", ratios, unit="ratio", better="higher", goal=0.7, against=against),
@@ -82,6 +84,13 @@ def _through_ray(root: Path, recipe: Recipe, decode: PlainDecode, repeats: int) 
             better="higher",
             goal=1.0,
             against="samples that a Ray Data worker decoded, of those given out",
+        ),
+        measured(
+            "packed_throughput_ratio",
+            packed,
+            unit="ratio",
+            better="higher",
+            against=f"a blend, packed by best fit, over the plain loader; {workers} workers each",
         ),
         measured("ray_samples_per_s", rates["ray"], unit="samples/s", better="higher"),
         measured("plain_samples_per_s", rates["plain"], unit="samples/s", better="higher"),

@@ -53,8 +53,12 @@ def write_material(root: Path, seed: int) -> list[bytes]:
     return clips
 
 
-def material_recipe(root: Path, workers: int, seed: int, cache_bytes: int = 0) -> Recipe:
-    """A stage that draws pictures and films; nothing decoded is kept between epochs."""
+def material_recipe(root: Path, workers: int, seed: int, *, packed: bool = False) -> Recipe:
+    """A stage that draws pictures and films; nothing decoded is kept between epochs.
+
+    Args:
+        packed: The same shares as a blend, packed by best fit: steps that follow from each other, drawn in one place.
+    """
     stage = {
         "name": "S2",
         "steps": 4000,
@@ -62,8 +66,12 @@ def material_recipe(root: Path, workers: int, seed: int, cache_bytes: int = 0) -
         "trainable": ["language"],
         "seq_len": 4096,
     }
+    if packed:
+        branches = [{"source": name, "weight": share} for name, share in SHARES.items()]
+        stage |= {"mixture": {"per": "samples", "blend": branches}, "packing": {"kind": "best_fit", "budget": 1024}}
+        stage["seq_len"] = 1024
     sources = {name: {"path": "{data}/" + name} for name in SHARES}
-    data = {"root": str(root), "sources": sources, "workers": workers, "cache_bytes": cache_bytes}
+    data = {"root": str(root), "sources": sources, "workers": workers, "cache_bytes": 0}
     return check_recipe({"size": "tiny", "seed": seed, "stages": [stage], "data": data})
 
 

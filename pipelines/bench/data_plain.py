@@ -75,6 +75,7 @@ class PlainDecode:
 
         with av.open(io.BytesIO(raw), "r") as container:
             stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # as many workers as cores: more threads only cost it
             look = self.looks[stream.frames, stream.height, stream.width]
             frames, last = [], max(look.frames)
             for number, frame in enumerate(container.decode(stream)):
