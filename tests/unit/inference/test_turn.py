@@ -27,8 +27,8 @@ STEP = 512
 
 
 def trace(pattern: str) -> list[Signal]:
-    """One character a window: # speech, - a soft sound (0.4), . silence; ! the answer was heard, C commit, X clear, A an answer that
-    the client asked for leaves."""
+    """One character a window: # speech, - a soft sound (0.4), . silence; ! the answer was heard, C commit, X clear,
+    A an answer that the client asked for leaves."""
     signals: list[Signal] = []
     place = 0
     for sign in pattern:
