@@ -13,6 +13,7 @@ import ray
 from actors.placement import Places, asked, await_room, device_name, pool_config, spoken
 from actors.pool_actor import PoolActor
 from actors.worker import Rank
+from omni_ray.config.parallel import is_sharded
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import emit
 from omni_ray.types.errors import ResourceError
@@ -127,6 +128,15 @@ def start_actor(recipe: Recipe, name: str, rank: int, places: Places, actor: typ
     # Threads are set by build(); an own runtime_env would cost a process start.
     options = places.options(name, rank)
     return ray.remote(actor).options(**options).remote(recipe, rank_of(recipe, name, rank))
+
+
+def start_saving(recipe: Recipe, pool: Pool, folder: Path) -> list[Any]:
+    """Let every rank of a pool write its part of a checkpoint; returns the handles of the beginnings."""
+    if not is_sharded(pool_config(recipe, pool.name)):
+        return pool.all("start_saving", folder)
+    masters = pool.all("give_masters")
+    first, *others = pool.actors
+    return [first.save_shard.remote(folder, *masters), *(actor.save_shard.remote(folder) for actor in others)]
 
 
 def wait_for(refs: Sequence[Any], seconds: float) -> tuple[list[Any], list[Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.snapshot import WorkerState
-from actors.transport import pack, tensor_of, unpack
+from actors.transport import as_tensor, pack, tensor_of, unpack
 from actors.worker import Rank
 from omni_ray.bridge.chunk import gathered
 from omni_ray.config.recipe import Recipe
@@ -143,6 +144,29 @@ class PoolActor:
         self.enter("finish")
         with span("finish"):
             return self.worker.finish([(numbers, torch.from_numpy(rows.copy())) for numbers, rows in others])
+
+    def give_pieces(self) -> Any:
+        """A sharded pool's terms, one object for every rank."""
+        return self.invoke("give_pieces")
+
+    def finish_shard(self, *others: Any) -> Any:
+        """Close the gradient of what this rank owns; ``others``: its piece of every rank's terms."""
+        self.enter("finish")
+        with span("finish"):
+            return self.worker.finish_shard([(numbers, tensor_of(rows)) for numbers, rows in others])
+
+    def take_weights(self, *shards: Any) -> None:
+        """Take in the other ranks' weights."""
+        self.enter("take_weights")
+        with span("take_weights"):
+            self.worker.take_weights([{name: as_tensor(weight) for name, weight in shard.items()} for shard in shards])
+
+    def save_shard(self, folder: Path, *masters: Any) -> None:
+        """Begin to write a sharded rank's part; ``masters``: those of every rank, where the network is written."""
+        self.enter("start_saving")
+        with span("start_saving"):
+            whole = [{name: as_tensor(master) for name, master in shard.items()} for shard in masters]
+            self.worker.start_saving(folder, whole)
 
     def step(self, step: int, *norms_squared: float) -> tuple[float, bool]:
         """The optimizer step, given the squared norm of every training pool."""

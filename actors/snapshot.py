@@ -123,12 +123,12 @@ def write_shard(
     ranks: int,
     network: nn.Module | None,
     optimizer: dict[str, Tensor],
-    weights: int,
+    weights: int | None,
 ) -> None:
     """Write one rank's part of a pool: rank 0 the published weights, every rank a share of the optimizer state.
 
     Args:
-        network: As it is saved; needed on rank 0 alone.  weights: Bytes of its parameters, the same on every rank.
+        network: As it is saved; needed on rank 0 alone.  optimizer, weights: As in :func:`write_optimizer`.
 
     Raises:
         CheckpointError: the files cannot be written (a full disk, for instance).
@@ -145,19 +145,21 @@ def write_shard(
 
 
 def write_optimizer(
-    folder: Path, name: str, tensors: dict[str, Tensor], rank: int, ranks: int, weight_bytes: int
+    folder: Path, name: str, tensors: dict[str, Tensor], rank: int, ranks: int, weight_bytes: int | None
 ) -> None:
     """One rank's share of the optimizer state, so that all ranks write nearly the same number of bytes.
 
     Args:
-        weight_bytes: What rank 0 writes besides.
+        tensors: The whole state, equal on every rank; or, without ``weight_bytes``, what is this rank's alone.
+        weight_bytes: What rank 0 writes besides, the same number on every rank.
     """
     (folder / "optimizer").mkdir(parents=True, exist_ok=True)
-    keys = sorted(tensors)
-    sizes = [tensors[key].numel() * tensors[key].element_size() for key in keys]
-    shard = assign([weight_bytes, *sizes], ranks)
-    first = shard[0]
-    mine = {key: tensors[key] for key, owner in zip(keys, shard[1:], strict=True) if (owner - first) % ranks == rank}
+    mine = tensors
+    if weight_bytes is not None:
+        keys = sorted(tensors)
+        sizes = [tensors[key].numel() * tensors[key].element_size() for key in keys]
+        first, *owners = assign([weight_bytes, *sizes], ranks)
+        mine = {key: tensors[key] for key, owner in zip(keys, owners, strict=True) if (owner - first) % ranks == rank}
     path = folder / "optimizer" / optimizer_file(name, rank, ranks)
     save_file(mine, path)
     to_disk(path)

@@ -29,6 +29,7 @@ from actors.pool import (
     wait_for,
 )
 from actors.pool_actor import PoolActor
+from omni_ray.config.parallel import is_sharded
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import emit
 from omni_ray.training.networks import POOLS
@@ -61,7 +62,8 @@ class Supervisor:
         self.confirmed = -1
         """Step of the newest snapshot that every pool has; -1 before the first."""
         self._pending: list[tuple[int, list[Any]]] = []
-        self._holders: dict[str, Named] = {}
+        self._holders: dict[Named, Named] = {}
+        """Who keeps whose snapshot: one rank of a pool whose ranks are alike, every rank of a sharded one."""
         self._nodes: dict[Named, str] = {}
 
     # --- snapshots ---------------------------------------------------------------------------------------------------
@@ -71,9 +73,9 @@ class Supervisor:
         if not self._holders:
             self._choose_holders()
         waiting = [ref for name in POOLS for ref in self.pools[name].all("keep_snapshot", step)]
-        given = {name: self.pools[name].actors[0].invoke.remote("give_snapshot", step) for name in POOLS}
-        for name, (pool, rank) in self._holders.items():
-            waiting.append(self.pools[pool].actors[rank].hold.remote(name, step, given[name]))
+        given = {who: self._actor_of(who).invoke.remote("give_snapshot", step) for who in self._holders}
+        for who, holder in self._holders.items():
+            waiting.append(self._actor_of(holder).hold.remote(held_as(*who), step, given[who]))
         self._pending.append((step, waiting))
 
     def confirm(self, done: int) -> None:
@@ -87,8 +89,8 @@ class Supervisor:
             self.confirmed = step
             for name in POOLS:
                 self.pools[name].all("drop_snapshots", step)
-            for pool, rank in set(self._holders.values()):
-                self.pools[pool].actors[rank].drop_held.remote(step)
+            for holder in set(self._holders.values()):
+                self._actor_of(holder).drop_held.remote(step)
 
     def _choose_holders(self) -> None:
         """Who keeps whose snapshot: an actor of another pool, on another node where there is one."""
@@ -98,8 +100,15 @@ class Supervisor:
         for place, name in enumerate(POOLS):
             order = POOLS[place + 1 :] + POOLS[:place]
             others = [(pool, rank) for pool in order for rank in range(len(self.pools[pool]))]
-            elsewhere = [who for who in others if self._nodes[who] != self._nodes[name, 0]]
-            self._holders[name] = (elsewhere or others)[0]
+            for rank in range(len(self.pools[name]) if self._sharded(name) else 1):
+                elsewhere = [who for who in others if self._nodes[who] != self._nodes[name, rank]]
+                self._holders[name, rank] = (elsewhere or others)[0]
+
+    def _actor_of(self, who: Named) -> Any:
+        return self.pools[who[0]].actors[who[1]]
+
+    def _sharded(self, name: str) -> bool:
+        return is_sharded(pool_config(self.recipe, name))
 
     # --- spares ------------------------------------------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class Supervisor:
             The number of steps whose state every pool now has.
         """
         started = time.monotonic()
-        sources = {name: self._source(name, gone) for name in POOLS}
+        sources = {who: self._source(*who, gone) for who in gone if who[0] in POOLS}
         self._pending.clear()
         for name, rank in gone:
             self._replace(name, rank)
@@ -175,10 +184,11 @@ class Supervisor:
         emit("recovered", lost=names, step=step, lost_steps=ended - step, seconds=seconds)
         return step
 
-    def _source(self, name: str, gone: Sequence[Named]) -> Named | None:
-        """Who can give a pool's snapshot: one of its own ranks, else its holder."""
+    def _source(self, name: str, lost: int, gone: Sequence[Named]) -> Named | None:
+        """Who can give a lost rank's snapshot: another rank of its pool, where all are alike, else its holder."""
         own = [(name, rank) for rank in range(len(self.pools[name])) if (name, rank) not in gone]
-        holder = self._holders.get(name)
+        own = [] if self._sharded(name) else own
+        holder = self._holders.get((name, lost if self._sharded(name) else 0))
         return own[0] if own else holder if holder is not None and holder not in gone else None
 
     def _replace(self, name: str, rank: int) -> None:
@@ -193,7 +203,7 @@ class Supervisor:
         actors[rank] = fresh
         self.pools[name] = dataclasses.replace(self.pools[name], actors=tuple(actors))
 
-    def _rewind(self, step: int, gone: Sequence[Named], sources: dict[str, Named | None]) -> None:
+    def _rewind(self, step: int, gone: Sequence[Named], sources: dict[Named, Named | None]) -> None:
         waiting: list[Any] = []
         placed = {(name, rank): self.pools[name].actors[rank].where.remote() for name, rank in gone}
         for name, rank in gone:
@@ -201,11 +211,11 @@ class Supervisor:
             if name not in POOLS:
                 waiting.append(actor.invoke.remote(*(("load", self.resume_from) if self.resume_from else ("build",))))
                 continue
-            source = sources[name]
+            source = sources[name, rank]
             assert source is not None
-            giver = self.pools[source[0]].actors[source[1]]
-            own = source[0] == name
-            state = giver.invoke.remote("give_snapshot", step) if own else giver.held.remote(name, step)
+            giver, own = self._actor_of(source), source[0] == name
+            held = held_as(name, rank if self._sharded(name) else 0)
+            state = giver.invoke.remote("give_snapshot", step) if own else giver.held.remote(held, step)
             actor.invoke.remote("build")
             waiting.append(actor.invoke.remote("take_snapshot", step, state))
         for name in POOLS:
@@ -231,6 +241,11 @@ class Supervisor:
             for spare in ready:
                 ray.kill(spare)
         self.places.close()
+
+
+def held_as(pool: str, rank: int) -> str:
+    """Name of a rank's snapshot with its holder."""
+    return f"{pool}-{rank}"
 
 
 def is_alive(actor: Any, patience_s: float, method: str = "where", *args: Any) -> bool:

@@ -72,8 +72,13 @@ def unpack(value: Any) -> Any:
 
 def tensor_of(rows: Any) -> Tensor:
     """Rows that were packed by themselves (or an array, or a tensor), as a tensor with memory of its own."""
-    tensor: Tensor = _tensors(rows)
-    return tensor.clone()
+    return as_tensor(rows).clone()
+
+
+def as_tensor(packed: Any) -> Tensor:
+    """What :func:`pack` made of a tensor by itself, as a tensor; it shares the store's memory."""
+    tensor: Tensor = _tensors(packed)
+    return tensor
 
 
 def _tensors(value: Any) -> Any:

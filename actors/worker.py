@@ -18,12 +18,14 @@ from actors.group import PoolGroup, group_backend, leave_group
 from actors.snapshot import BackgroundSave, Snapshots, WorkerState, load_optimizer, write_shard
 from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.route import tiles_of
-from omni_ray.config.parallel import PoolConfig
+from omni_ray.config.parallel import PoolConfig, is_sharded
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.digest import digests
 from omni_ray.training.memory import keep_freed_memory
 from omni_ray.training.networks import build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
+from omni_ray.training.precision import host_copy
+from omni_ray.training.sharding import ShardedOptimizer, add_up
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
 from omni_ray.types.errors import ResourceError
 
@@ -86,7 +88,9 @@ class NetworkWorker:
         network = build_network(self.network_name, self.recipe, folder)
         # Dropout and masks belong to component pretraining; here a tile's bits must repeat.
         self.network: nn.Module = network.to(self.device).eval()
-        self.optimizer = PoolOptimizer(self.rank.pool, self.network, self.recipe.optimizer, self.pool.precision)
+        parts = (self.rank.pool, self.network, self.recipe.optimizer, self.pool.precision)
+        whole = not is_sharded(self.pool)
+        self.optimizer = PoolOptimizer(*parts) if whole else ShardedOptimizer(*parts, self.rank.rank, self.rank.ranks)
         self.stage = self.recipe.stages[0] if self.recipe.stages else None
 
     @property
@@ -147,6 +151,57 @@ class NetworkWorker:
             self.terms = {}
         return self.optimizer.norm_squared()
 
+    # --- a sharded pool ----------------------------------------------------------------------------------------------
+
+    def give_pieces(self) -> list[tuple[list[int], Tensor]]:
+        """Like :meth:`give_terms`, cut by who owns the parameters: one pair for every rank."""
+        numbers, rows = self.give_terms()
+        self.terms = {}
+        return [(numbers, piece) for piece in self.shard.pieces(rows)]
+
+    def finish_shard(self, others: Sequence[tuple[Sequence[int], Tensor]]) -> list[tuple[int, float]]:
+        """Close the gradient of what this rank owns and let go of the rest of the network.
+
+        Args:
+            others: This rank's pair of every rank's :meth:`give_pieces`.
+        Returns:
+            Output of :meth:`ShardedOptimizer.squares`.
+        """
+        rows = {n: row for numbers, rows in others for n, row in zip(numbers, rows, strict=True)}
+        self.optimizer.clear()
+        self.optimizer.put_terms(rows[n] for n in sorted(rows))
+        squares = self.shard.squares()
+        self.shard.release()
+        return squares
+
+    def add_squares(self, *parts: Sequence[tuple[int, float]]) -> float:
+        """The pool's squared norm; see :func:`omni_ray.training.sharding.add_up`."""
+        return add_up(parts)
+
+    def give_weights(self) -> dict[str, Tensor]:
+        """The weights of what this rank owns, for the others."""
+        return self.shard.give()
+
+    def give_masters(self) -> dict[str, Tensor]:
+        """The masters of what this rank owns, for the rank that writes the network."""
+        return {name: host_copy(master) for name, master in self.optimizer.masters.items()}
+
+    def take_weights(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take in the others' weights, before the step's first forward."""
+        self.shard.take(shards)
+
+    def bytes_at_rest(self) -> tuple[int, int]:
+        """Bytes of weights, masters and moments between two steps, and what they would be unsharded."""
+        return self.shard.bytes_at_rest(), self.shard.bytes_whole()
+
+    @property
+    def shard(self) -> ShardedOptimizer:
+        """The optimizer of a rank of a sharded pool."""
+        assert isinstance(self.optimizer, ShardedOptimizer)
+        return self.optimizer
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
     def step(self, step: int, norms_squared: Sequence[float]) -> tuple[float, bool]:
         """The optimizer step with the norm over all pools; returns that norm and whether the step was made."""
         stage, inside = self.recipe.stage_at(step)
@@ -206,19 +261,23 @@ class NetworkWorker:
         """Write this rank's shard: ``model/NAME`` (rank 0) and its part of ``optimizer/`` under a checkpoint folder."""
         self._shard_writer(folder)()
 
-    def start_saving(self, folder: Path) -> None:
-        """Like :meth:`save`, while the worker goes on."""
-        self.saving.start(self._shard_writer(folder))
+    def start_saving(self, folder: Path, masters: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        """Like :meth:`save`, while the worker goes on; ``masters``: of every rank, on rank 0 of a sharded pool."""
+        self.saving.start(self._shard_writer(folder, masters))
 
     def saving_status(self, wait: bool = False) -> str:
         """``writing``, ``done``, or what went wrong with :meth:`start_saving`."""
         return self.saving.status(wait)
 
-    def _shard_writer(self, folder: Path) -> Callable[[], None]:
+    def _shard_writer(self, folder: Path, masters: Sequence[Mapping[str, Tensor]] = ()) -> Callable[[], None]:
         """Writes the state of now, from a copy in host memory."""
-        rank = self.rank
-        network = self.optimizer.trained() if rank.rank == 0 else None
-        weights = sum(master.numel() * master.element_size() for master in self.optimizer.masters.values())
+        rank, network = self.rank, None
+        weights: int | None = sum(m.numel() * m.element_size() for m in self.optimizer.masters.values())
+        if isinstance(self.optimizer, ShardedOptimizer):
+            weights = None
+            network = self.optimizer.trained_with(masters) if rank.rank == 0 else None
+        elif rank.rank == 0:
+            network = self.optimizer.trained()
         tensors = self.optimizer.state_tensors()
         return lambda: write_shard(folder, self.network_name, rank.rank, rank.ranks, network, tensors, weights)
 

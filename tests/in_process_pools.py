@@ -13,6 +13,7 @@ from actors.pool_actor import PoolActor
 from actors.transport import pack
 from actors.worker import Rank
 from omni_ray.bridge.route import RouteTable
+from omni_ray.config.parallel import is_sharded
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.networks import POOLS
 from omni_ray.training.prepare import PreparedStep
@@ -31,7 +32,7 @@ class InProcessPools:
                 PoolActor(recipe, Rank(pool=name, rank=r, ranks=ranks, device=device)) for r in range(ranks)
             ]
             self.all(name, *(("build",) if folder is None else ("load", folder)))
-        self.stage = -1
+        self.live: dict[str, bool] = {}
 
     def all(self, pool: str, method: str, *args: Any) -> list[Any]:
         """A worker method on every rank."""
@@ -41,9 +42,13 @@ class InProcessPools:
         """One training step; returns its norm and whether it was made."""
         plan, recipe = prepared.plan, self.recipe
         stage = recipe.stages.index(recipe.stage_at(plan.step)[0])
-        live = {name: any(self.all(name, "set_stage", stage)) for name in POOL_NAMES}
+        live = self.live = {name: any(self.all(name, "set_stage", stage)) for name in POOL_NAMES}
         wanted = [modality for modality in FEATURE_MODALITIES if live[modality.value]]
         routes = RouteTable.of(plan)
+        for name in filter(self.sharded, POOLS):
+            shards = self.all(name, "give_weights")
+            for actor in self.pools[name]:
+                actor.take_weights(*shards)
         for index in plan.order:
             sent = self._encode(prepared, routes, index)
             self._backward(index, self._language(prepared, index, sent, wanted), sent, wanted)
@@ -83,18 +88,40 @@ class InProcessPools:
             if modality in wanted:
                 self.pools[modality.value][rank].encoder_backward(index, *(next(back) for _ in pieces))
 
+    def sharded(self, name: str) -> bool:
+        """Whether a training pool's ranks hold shares of its network."""
+        return bool(self.live[name]) and is_sharded(pool_config(self.recipe, name))
+
     def _finish(self, name: str) -> float:
+        actors = self.pools[name]
+        if self.sharded(name):
+            pieces = [actor.give_pieces() for actor in actors]
+            closed = [actor.finish_shard(*(row[r] for row in pieces)) for r, actor in enumerate(actors)]
+            return float(actors[0].invoke("add_squares", *closed))
         terms = self.all(name, "give_terms") if len(self.pools[name]) > 1 else []
         closed = [actor.finish(*terms) for actor in self.pools[name]]
         return closed[0]
 
+    def save(self, folder: Path) -> None:
+        """Write every pool's part of a checkpoint, and wait for it."""
+        for name in POOL_NAMES:
+            if name in POOLS and self.sharded(name):
+                masters = self.all(name, "give_masters")
+                for rank, actor in enumerate(self.pools[name]):
+                    actor.save_shard(folder, *(masters if rank == 0 else ()))
+            else:
+                self.all(name, "start_saving", folder)
+            assert set(self.all(name, "saving_status", True)) == {"done"}
+
     def weights(self, rank: int = 0) -> dict[str, Tensor]:
-        """What is trained, by network and parameter or buffer, in host memory."""
-        return {
-            f"{name}/{key}": value.detach().cpu()
-            for name in POOLS
-            for key, value in self.pools[name][min(rank, len(self.pools[name]) - 1)].worker.optimizer.weights().items()
-        }
+        """What is trained, by network and parameter or buffer, in host memory; of all ranks where they hold shares."""
+        found: dict[str, Tensor] = {}
+        for name in POOLS:
+            actors = self.pools[name]
+            chosen = actors if self.sharded(name) else [actors[min(rank, len(actors) - 1)]]
+            for actor in chosen:
+                found |= {f"{name}/{key}": v.detach().cpu() for key, v in actor.worker.optimizer.weights().items()}
+        return found
 
 
 def reference_weights(reference: Any) -> dict[str, Tensor]:

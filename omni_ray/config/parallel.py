@@ -36,6 +36,7 @@ class PoolConfig(Checked):
     keep_freed_memory: bool = False
     """Freed blocks stay with the process (glibc): steps with large tensors are faster, the process grows larger."""
     shard: Literal["none", "hsdp", "zero1", "zero2", "zero3"] = "none"
+    """``hsdp`` (encoders): between steps a rank holds its share of weights, masters and moments alone."""
     offload: Literal["none", "cpu"] = "none"
     threads: PositiveInt = 1
     """Torch threads of an actor; results are bitwise comparable only at equal threads."""
@@ -102,6 +103,31 @@ class Schedule(Checked):
     """Steps that the feeder prepares ahead."""
 
 
+def is_sharded(pool: PoolConfig) -> bool:
+    """Whether ranks of a pool hold shares of its network."""
+    return pool.shard != "none" and pool.actors > 1
+
+
+def check_sharded(name: str, pool: PoolConfig, schedule: Schedule) -> None:
+    """Refuse what sharding cannot go with.
+
+    Raises:
+        ConfigError: names the settings and the mend.
+    """
+    if pool.shard == "none":
+        return
+    if pool.shard != "hsdp" or name not in ("vision", "audio"):
+        built = "none or hsdp" if name in ("vision", "audio") else "none"
+        raise ConfigError(f"pools.{name}.shard is {pool.shard}, which is not built yet in this version; choose {built}")
+    if schedule.reduce != "ordered":
+        raise ConfigError(f"pools.{name}.shard is hsdp, which has ordered sums alone; choose schedule.reduce ordered")
+    if pool.recompute != "full":
+        raise ConfigError(
+            f"pools.{name}.shard is hsdp with recompute {pool.recompute}: graphs that wait for their backward would "
+            "keep the weights; choose recompute full"
+        )
+
+
 def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
     """Refuse, by name and when the recipe loads, what later versions bring.
 
@@ -113,7 +139,8 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
     later: list[tuple[str, object, object]] = []
     for name in ("vision", "audio", "speech", "language"):
         pool: PoolConfig = getattr(pools, name)
-        later += [(f"pools.{name}.shard", pool.shard, "none"), (f"pools.{name}.offload", pool.offload, "none")]
+        later += [(f"pools.{name}.offload", pool.offload, "none")]
+        check_sharded(name, pool, schedule)
         if pool.recompute == "selective" and name != "language":
             raise ConfigError(f"pools.{name}.recompute is selective, which the language pool alone has; choose full")
     if pools.speech.precision != "fp32":

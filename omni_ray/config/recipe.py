@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from omni_ray.config.curriculum import Stage
 from omni_ray.config.model import Checked, OmniConfig, SizeName, model_preset
-from omni_ray.config.parallel import Pools, Schedule, refuse_unbuilt
+from omni_ray.config.parallel import Pools, Schedule, is_sharded, refuse_unbuilt
 from omni_ray.config.serving import ServingConfig
 from omni_ray.config.training import CheckpointConfig, DataConfig, OptimizerConfig
 from omni_ray.types.errors import ConfigError
@@ -47,6 +47,13 @@ class Recipe(Checked):
                     known = ", ".join(sorted(self.data.sources))
                     raise ConfigError(f"stage {stage.name} draws from {source!r}, which data.sources lacks ({known})")
         refuse_unbuilt(self.pools, self.schedule, self.placement)
+        sharded = [name for name in ("vision", "audio") if is_sharded(getattr(self.pools, name))]
+        for stage in self.stages:
+            if sharded and stage.mixture.gap is not None:
+                raise ConfigError(
+                    f"stage {stage.name} measures its mixture (gap) between steps, when pools.{sharded[0]} with shard "
+                    "hsdp has let go of its weights; choose shard none"
+                )
         return self
 
     @property

@@ -50,7 +50,7 @@ class PoolOptimizer:
         self.config = config
         self.module = module
         self.parameters = dict(module.named_parameters())
-        self.masters = compute_in(module, precision)
+        self.masters = self._own(compute_in(module, precision))
         """What is trained and saved, by parameter name."""
         groups: dict[tuple[str, bool], list[Tensor]] = {}
         for name, master in self.masters.items():
@@ -66,6 +66,10 @@ class PoolOptimizer:
             fused=True,
         )
 
+    def _own(self, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masters that are trained here."""
+        return masters
+
     def set_stage(self, stage: Stage) -> bool:
         """Let the stage's parts train; returns whether anything of this pool does."""
         live = False
@@ -77,8 +81,8 @@ class PoolOptimizer:
 
     def close_term(self) -> None:
         """Add what the backward left since the last call, as one term, to the gradient of the masters."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
             if master is not parameter and parameter.grad is not None:
                 wide = parameter.grad.to(master.dtype)
                 master.grad = wide if master.grad is None else master.grad.add_(wide)
@@ -113,9 +117,12 @@ class PoolOptimizer:
         self.close_term()
         total = 0.0
         for master in self._trainable():
-            master.grad = _gradient(master)
-            total += float(master.grad.double().square().sum())
+            total += self._square(master)
         return total
+
+    def _square(self, master: Tensor) -> float:
+        master.grad = _gradient(master)
+        return float(master.grad.double().square().sum())
 
     def apply(self, norms_squared: Sequence[float], rate_of_part: Mapping[str, float]) -> tuple[float, bool]:
         """Clip by the global norm and step; a non-finite norm skips the step, here as in every other pool.
@@ -146,8 +153,8 @@ class PoolOptimizer:
 
     def clear(self) -> None:
         """Forget the gradient."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.masters[name].grad = None
+        for tensor in (*self.parameters.values(), *self.masters.values()):
+            tensor.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient by parameter name."""
@@ -159,7 +166,11 @@ class PoolOptimizer:
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`weights`."""
-        self.module.load_state_dict(weights)
+        self._load(weights, strict=True)
+
+    @torch.no_grad()
+    def _load(self, weights: Mapping[str, Tensor], strict: bool) -> None:
+        self.module.load_state_dict(weights, strict=strict)
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 master.copy_(weights[name])
@@ -187,18 +198,19 @@ class PoolOptimizer:
             name, _, field = key.rpartition("::")
             if name not in self.parameters:
                 raise CheckpointError(f"optimizer tensor {key!r} belongs to no parameter of the {self.pool} network")
-            master = self.masters[name]
-            self._adam.state[master][field] = value.to(master.device, copy=True)
+            master = self.masters.get(name)
+            if master is not None:
+                self._adam.state[master][field] = value.to(master.device, copy=True)
 
     def _trainable(self) -> list[Tensor]:
         """Masters of what trains."""
-        return [self.masters[name] for name, parameter in self.parameters.items() if parameter.requires_grad]
+        return [master for name, master in self.masters.items() if self.parameters[name].requires_grad]
 
     @torch.no_grad()
     def _round_weights(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)
 
 
 def _gradient(master: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from actors.pool import Pool, wait_for
+from actors.pool import Pool, start_saving, wait_for
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
 from omni_ray.config.recipe import Recipe
@@ -115,7 +115,7 @@ class CheckpointWriter:
         """
         self.finish()
         self._side, self._step, self._position = store.open_side(self.parent, step), step, position
-        self._started = [ref for pool in self.pools.values() for ref in pool.all("start_saving", self._side)]
+        self._started = [ref for pool in self.pools.values() for ref in start_saving(self.recipe, pool, self._side)]
 
     def poll(self, done: int) -> None:
         """Make the checkpoint whole if every rank has written and its steps have ended well (``done`` of them).

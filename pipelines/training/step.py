@@ -16,7 +16,9 @@ from actors.feeder import PayloadKey
 from actors.placement import pool_config
 from actors.pool import Pool
 from omni_ray.bridge.route import RouteTable
+from omni_ray.config.parallel import is_sharded
 from omni_ray.config.recipe import Recipe
+from omni_ray.observability.events import emit
 from omni_ray.observability.spans import span
 from omni_ray.schedule.order import Kind, call_order
 from omni_ray.training.loss import means
@@ -91,6 +93,8 @@ class StepDriver:
         self.pools = pools
         self.feeder = feeder
         self.live: dict[str, bool] = {}
+        self.shards: dict[str, list[Any]] = {}
+        """Weights of every rank of the sharded pools, on their way to the other ranks."""
         self.probe: Callable[[int], None] | None = None
         """Called with the step's number when its gradient is closed and not yet applied: a place to look at it."""
 
@@ -103,6 +107,13 @@ class StepDriver:
         """Tell every pool which stage runs; waits, since later submissions depend on who trains."""
         handles = {name: pool.all("set_stage", index) for name, pool in self.pools.items()}
         self.live = {name: any(ray.get(refs)) for name, refs in handles.items()}
+        self.shards = {name: pool.all("give_weights") for name, pool in self.pools.items() if self._sharded(name)}
+        for name in self.shards:
+            sizes = ray.get(self.pools[name].all("bytes_at_rest"))
+            emit("sharded", pool=name, rank_bytes=[own for own, _ in sizes], whole_bytes=sizes[0][1])
+
+    def _sharded(self, name: str) -> bool:
+        return self.live[name] and is_sharded(pool_config(self.recipe, name))
 
     def submit(self, plan: StepPlan, asked: Callable[[], None] | None = None) -> StepHandles:
         """Submit a whole step.
@@ -117,6 +128,7 @@ class StepDriver:
             self._ask_payloads(step)
             if asked is not None:
                 asked()
+            self._gather(step)
             for call in call_order(self.recipe.schedule.kind, plan.order, self.window):
                 if call.kind == Kind.ENCODE:
                     self._encode(step, call.micro_batch)
@@ -166,6 +178,14 @@ class StepDriver:
         refs = refs if len(keys) > 1 else [refs]
         step.payloads = dict(zip(keys, refs, strict=True))
         step.calls.append(Submitted("feeder", 0, "payloads", -1, tuple(refs)))
+
+    def _gather(self, step: _Step) -> None:
+        """Ranks of sharded pools take in each other's weights."""
+        for name, shards in self.shards.items():
+            for rank, actor in enumerate(self.pools[name].actors):
+                taken = actor.take_weights.remote(*shards)
+                step.calls.append(Submitted(name, rank, "take_weights", -1, (taken,), tuple(shards)))
+        self.shards = {}
 
     def _encode(self, step: _Step, index: int) -> None:
         step.features[index] = []
@@ -217,6 +237,9 @@ class StepDriver:
         norms = []
         training = [name for name in POOLS if name in self.pools and self.live[name]]
         for name in training:
+            if self._sharded(name):
+                norms.append(self._finish_sharded(step, name))
+                continue
             pool = self.pools[name]
             exchange = len(pool) > 1 and self.recipe.schedule.reduce == "ordered"
             terms = pool.all("give_terms") if exchange else []
@@ -234,6 +257,8 @@ class StepDriver:
                 made = actor.step.remote(step.plan.step, *norms)
                 steps.append(made)
                 step.calls.append(Submitted(name, rank, "step", -1, (made,), tuple(norms)))
+            if self._sharded(name):
+                self.shards[name] = self.pools[name].all("give_weights")
         language = self.pools["language"]
         statistics = language.all("take_statistics")
         for rank, ref in enumerate(statistics):
@@ -243,6 +268,22 @@ class StepDriver:
                 moved = actor.balance.remote(step.plan.step, steps[0], *statistics)
                 step.calls.append(Submitted("language", rank, "balance", -1, (moved,), (steps[0], *statistics)))
         return StepHandles(plan=step.plan, statistics=statistics, steps=steps, calls=step.calls, live=dict(self.live))
+
+    def _finish_sharded(self, step: _Step, name: str) -> Any:
+        """Every rank closes the gradient of what it owns; returns the handle of the pool's squared norm."""
+        actors = self.pools[name].actors
+        ranks = len(actors)
+        pieces = [actor.give_pieces.options(num_returns=ranks).remote() for actor in actors]
+        for rank, refs in enumerate(pieces):
+            step.calls.append(Submitted(name, rank, "give_pieces", -1, tuple(refs)))
+        finished = []
+        for rank, actor in enumerate(actors):
+            mine = tuple(refs[rank] for refs in pieces)
+            finished.append(actor.finish_shard.remote(*mine))
+            step.calls.append(Submitted(name, rank, "finish", -1, (finished[-1],), mine))
+        norm = actors[0].invoke.remote("add_squares", *finished)
+        step.calls.append(Submitted(name, 0, "add_squares", -1, (norm,), tuple(finished)))
+        return norm
 
 
 def bytes_by_hop(plan: StepPlan, live: Mapping[str, bool], recipe: Recipe) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,35 @@ def test_actors_that_die_are_replaced_and_the_bits_are_the_same(
     named = ", ".join(event["lost"] for event in lost)
     assert all(name.replace("-", " rank ") in named for name, _, _ in orders), named
     assert max(event["lost_steps"] for event in lost) <= 3, "no more than the snapshot interval"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_share_of_a_sharded_pool_comes_back(base: Path, ray_cluster: None, tmp_path: Path) -> None:
+    """No other rank of its pool has what it had: its snapshot lies with another pool; then a checkpoint is resumed."""
+    pools = {"vision": {"actors": 2, "shard": "hsdp", "recompute": "full"}}
+    recipe = recipe_of(base, stages=[LONG[0]], pools=pools)
+    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
+    for step in range(recipe.total_steps):
+        oracle.step(builder.build(step))
+    oracle.save(tmp_path / "reference")
+    order = order_death(_folder(tmp_path), "vision-1", "encode", 14)
+    events = tmp_path / "events.jsonl"
+    with event_log_to(EventLog(jsonl=events)):
+        result = train(recipe, tmp_path / "run", quiet=True, **_classes(tmp_path))
+    assert not order.exists()
+    assert result.recoveries == 1
+    assert result.checkpoint is not None
+    assert differing(weights(result.checkpoint), weights(tmp_path / "reference")) == []
+    found = read_events(events)
+    (lost,) = (event for event in found if event["event"] == "recovered")
+    assert lost["lost_steps"] <= 3
+    shares = next(event for event in found if event["event"] == "sharded")
+    assert sum(shares["rank_bytes"]) == shares["whole_bytes"]
+    shutil.rmtree(result.checkpoint)
+    result = train(recipe, tmp_path / "run", resume=True, quiet=True)
+    assert result.checkpoint is not None
+    assert differing(weights(result.checkpoint), weights(tmp_path / "reference")) == []
 
 
 def _folder(base: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from omni_ray.config.load import load_recipe, save_recipe
+from omni_ray.config.load import check_recipe, load_recipe, save_recipe
 from omni_ray.types.errors import ConfigError
 
 REFUSED = {
@@ -17,7 +17,9 @@ REFUSED = {
     "pools.language.backend=deepspeed": "pools.language.backend is deepspeed, which is not built yet",
     "pools.speech.precision=bf16": "pools.speech.precision is bf16, yet the codec's ids are made in fp32; choose fp32",
     "serving.pools.audio.resources.gpu=0.5": "serving.pools.audio.resources.gpu is 0.5, which is not built yet",
-    "pools.vision.shard=hsdp": "pools.vision.shard is hsdp, which is not built yet in this version; choose none",
+    "pools.vision.shard=hsdp": "pools.vision.shard is hsdp with recompute none: graphs that wait for their backward",
+    "pools.vision.shard=zero3": "pools.vision.shard is zero3, which is not built yet in this version; choose none or",
+    "pools.language.shard=hsdp": "pools.language.shard is hsdp, which is not built yet in this version; choose none",
     "schedule.reduce=quick": "schedule.reduce is 'quick'; input should be 'ordered' or 'fast'",
     "schedule.window=0": "schedule.window is 0; input should be greater than 0",
     "pools.vision.recompute=selective": "pools.vision.recompute is selective, which the language pool alone has",
@@ -40,6 +42,26 @@ def test_colocated_encoders_stand_on_every_device() -> None:
     assert load_recipe("tiny", sizes).inner_dp == 1
     with pytest.raises(ConfigError, match="placement is colocate with vision 3, audio 4 and language 2 actors; enc"):
         load_recipe("tiny", ["placement=colocate", *sizes, "pools.vision.actors=3"])
+
+
+def test_shares_need_ordered_sums() -> None:
+    sharded = ["pools.vision.shard=hsdp", "pools.vision.recompute=full"]
+    assert load_recipe("tiny", sharded).pools.vision.shard == "hsdp"
+    with pytest.raises(ConfigError, match=r"pools\.vision\.shard is hsdp, which has ordered sums alone; choose"):
+        load_recipe("tiny", [*sharded, "schedule.reduce=fast"])
+
+
+def test_a_measured_mixture_needs_whole_networks() -> None:
+    raw = load_recipe("tiny", ["pools.vision.shard=hsdp", "pools.vision.recompute=full"]).model_dump(mode="json")
+    raw["stages"] = [
+        raw["stages"][0] | {"mixture": {"blend": [{"source": "text", "weight": 1}], "gap": {}, "take": {"samples": 4}}}
+    ]
+    assert check_recipe(raw).pools.vision.actors == 1
+    raw["pools"]["vision"]["actors"] = 2
+    with pytest.raises(
+        ConfigError, match=r"measures its mixture \(gap\) between steps, when pools\.vision with shard hsdp"
+    ):
+        check_recipe(raw)
 
 
 def test_overrides_reach_their_place() -> None:
