@@ -83,7 +83,8 @@ def inspect(args: Namespace) -> Outcome:
     networks = load_recipe(args.recipe).networks
     left_out: dict[str, str] = {}
     tokenizer = _tokenizer(folder)
-    sources = count(folder, tokenizer, networks, split=args.split, limit=args.limit, left_out=left_out)
+    looks: dict[str, Any] = {"split": args.split, "limit": args.limit, "decode": args.decode}
+    sources = count(folder, tokenizer, networks, **looks, left_out=left_out)
     document: dict[str, Any] = {"path": str(folder.resolve()), "split": args.split, "sources": sources}
     document["left_out"] = left_out
     lines = [f"{'source':20}{'samples':>8}{'looked':>8}{'bad':>5}{'text':>9}{'vision':>9}{'audio':>9}{'speech':>9}"]

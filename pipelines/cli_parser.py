@@ -213,6 +213,7 @@ def _add_inspect(data: _Commands) -> None:
     inspect.add_argument("--split", default="train", help="part to count rows of")
     inspect.add_argument("--limit", type=_positive, default=200, help="samples of each source to look into")
     inspect.add_argument("--recipe", default="tiny", help="recipe whose networks count the rows")
+    inspect.add_argument("--decode", action="store_true", help="decode the media, too; else only headers are read")
 
 
 def _add_preview(data: _Commands) -> None:

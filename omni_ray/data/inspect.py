@@ -11,6 +11,7 @@ from typing import Any
 from omni_ray.config.model import OmniConfig
 from omni_ray.data.chat import encode_sample, loss_counts
 from omni_ray.data.image import image_size
+from omni_ray.data.media import decode_spans
 from omni_ray.data.sources import FileSource, holds_shards, open_path
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.data.video import video_extent
@@ -34,12 +35,14 @@ def inspect(
     *,
     split: str = "train",
     limit: int | None = None,
+    decode: bool = False,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Read the sources below a folder (or the folder itself, where it holds samples) and count.
 
     Args:
         limit: Most samples looked at in each source, evenly spread; None = all.
+        decode: Decode the media as training does, so that damage behind a header is found, too.
         left_out: Gets the folders whose shards cannot be opened, and why.
     Returns:
         source -> {samples, looked_at, kinds, bad, empty_shards, rows: {text, vision, audio, speech}, longest, media_s,
@@ -49,7 +52,7 @@ def inspect(
         DataError: no samples there.
     """
     return {
-        source.name: _Counts(tokenizer, model).of(source, numbers_of(len(source), limit))
+        source.name: _Counts(tokenizer, model, decode).of(source, numbers_of(len(source), limit))
         for source in open_places(folder, split, left_out)
     }
 
@@ -86,8 +89,8 @@ def numbers_of(count: int, limit: int | None) -> range:
 class _Counts:
     """What is counted over the samples of one source."""
 
-    def __init__(self, tokenizer: Tokenizer, model: OmniConfig) -> None:
-        self.tokenizer, self.model = tokenizer, model
+    def __init__(self, tokenizer: Tokenizer, model: OmniConfig, decode: bool = False) -> None:
+        self.tokenizer, self.model, self.decode = tokenizer, model, decode
         self.kinds: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
         self.losses: Counter[str] = Counter()
@@ -106,7 +109,10 @@ class _Counts:
                 self.bad.append(str(error))
                 continue
             try:
-                self._add(sample, encode_sample(sample, self.tokenizer, self.model))
+                encoded = encode_sample(sample, self.tokenizer, self.model)
+                if self.decode:
+                    decode_spans(sample, encoded.spans, self.model)
+                self._add(sample, encoded)
             except DataError as error:
                 self.bad.append(str(source.located(number, error)))
         return {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mini_world import mini_recipe, write_components, write_world
+from PIL import Image
 from source_files import COUNT, picture, tar_bytes, words, write_form
 
 from omni_ray.config.load import save_recipe
@@ -58,6 +61,13 @@ def test_inspect_counts_lengths_sizes_and_damage(tmp_path: Path, capsys: pytest.
     assert "  pictures and films, height x width: 56x56 (40)" in capsys.readouterr().out
 
 
+def _jpeg() -> bytes:
+    out = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(out, format="JPEG")
+    return out.getvalue()
+
+
 def test_what_cannot_be_read_is_told_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder whose shards do not open, an empty shard, a sample outside its folder: named, never passed over."""
     places = {name: tmp_path / "all" / name for name in ("good", "torn")}
@@ -65,7 +75,7 @@ def test_what_cannot_be_read_is_told_by_every_command(tmp_path: Path, capsys: py
         place.mkdir(parents=True)
     (places["torn"] / "train-0.tar").write_bytes(bytes(range(256)) * 20)
     whole = [("a.png", picture(1)), ("a.txt", b"one"), ("../b.png", picture(2)), ("../b.txt", b"two")]
-    broken = [("c.png", b"\x89PNG garbage"), ("c.txt", b"three")]
+    broken = [("c.png", b"\x89PNG garbage"), ("c.txt", b"three"), ("d.jpg", _jpeg()[:-900]), ("d.txt", b"four")]
     (places["good"] / "train-0.tar").write_bytes(tar_bytes(whole + broken))
     (places["good"] / "train-1.tar").write_bytes(b"")
     shard = places["good"] / "train-0.tar"
@@ -80,11 +90,14 @@ def test_what_cannot_be_read_is_told_by_every_command(tmp_path: Path, capsys: py
     ):
         assert sentence in printed.out
     assert "source_left_out" in printed.err
+    assert f"bad: {shard}: d/jpg" not in printed.out
+    assert cli.main(["data", "inspect", str(tmp_path / "all"), "--decode"]) == 1
+    assert f"bad: {shard}: d/jpg cannot be decoded as a picture (" in capsys.readouterr().out
     assert cli.main(["data", "inspect", str(tmp_path / "all"), "--json"]) == 1
     assert torn in json.loads(capsys.readouterr().out)["left_out"]["torn"]
     page = tmp_path / "page.html"
     assert cli.main(["data", "preview", str(tmp_path / "all"), "--out", str(page), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"] == 2
+    assert json.loads(capsys.readouterr().out)["samples"] == 3
     assert "points outside its folder; rename it</div>" in page.read_text(encoding="utf-8")
 
 

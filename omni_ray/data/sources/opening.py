@@ -125,8 +125,14 @@ def holds_shards(where: Path | str, split: str, form: str = "auto") -> bool:
     storage, path = Storage.of(where)
     try:
         return bool(find_shards(storage, path, split, form)[1])
-    except DataError:
+    except _NothingThereError:
         return False
+    except DataError:  # files of several formats, or a saved data set that is damaged: opening it says what is wrong
+        return True
+
+
+class _NothingThereError(DataError):
+    """No file or folder, or no shards of the split in it."""
 
 
 def find_shards(storage: Storage, path: str, split: str, form: str = "auto") -> tuple[str, list[str]]:
@@ -137,7 +143,7 @@ def find_shards(storage: Storage, path: str, split: str, form: str = "auto") -> 
     """
     if not storage.is_folder(path):
         if storage.facts(path) is None:
-            raise DataError(f"{path} is not there; name a folder of shards or a shard")
+            raise _NothingThereError(f"{path} is not there; name a folder of shards or a shard")
         return _format_of(path, form), [path]
     for folder in (path, posixpath.join(path, split), posixpath.join(path, "data")):
         names = [name for name in storage.names(folder) if _is_shard(name, form)]
@@ -151,7 +157,7 @@ def find_shards(storage: Storage, path: str, split: str, form: str = "auto") -> 
     names = [name for name in storage.names(path) if _is_shard(name, form)]
     there = sorted({re.sub(r"[-_.]?[\d]*(-of-\d+)?\.\w+$", "", name) for name in names})
     ending = next((e for e, kind in ENDINGS.items() if kind == form), "")
-    raise DataError(f"{path} has no {split}*{ending or ' shards'}; splits there: {', '.join(there) or 'none'}")
+    raise _NothingThereError(f"{path} has no {split}*{ending or ' shards'}; splits there: {', '.join(there) or 'none'}")
 
 
 def _is_shard(name: str, form: str) -> bool:

@@ -173,6 +173,20 @@ def test_changed_shards_are_refused_by_name(base: Path, tmp_path: Path) -> None:
     assert "restore its shards, or start in another --out" in str(caught.value)
 
 
+def test_a_source_of_two_formats_is_not_taken_for_an_absent_one(base: Path, tmp_path: Path) -> None:
+    """Its fallback would stand in for it without a word."""
+    sources = {"text": {"path": str(tmp_path / "mixed"), "fallback": "spare"}, "spare": {"path": "{data}/text"}}
+    data = {"root": str(base / "world"), "sources": sources}
+    stage = {"name": "S", "steps": 4, "mixture": {"text": 2}, "trainable": ["language"], "seq_len": 96}
+    recipe = mini_recipe(base, stages=[stage], data=data)
+    assert set(StepBuilder(recipe, base / "world").sources) == {"spare"}, "nothing lies there"
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "train-0.jsonl").write_text('{"text": "one"}\n')
+    shutil.copy(base / "world" / "text" / "train-00000.tar", tmp_path / "mixed" / "train-0.tar")
+    with pytest.raises(DataError, match="mixed holds train files of jsonl and webdataset; name a format"):
+        StepBuilder(recipe, base / "world")
+
+
 def test_a_step_without_usable_samples_is_refused(base: Path, tmp_path: Path) -> None:
     """Headers are whole, so that rows are counted; what follows them is not."""
     root = tmp_path / "world"
