@@ -8,6 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 LOCK ?= requirements.lock
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 STAMP := $(VENV)/.installed
 BEGUN := $(VENV)/.installing
 SOURCES := omni_ray actors pipelines clusters tests docs
@@ -19,7 +20,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: help install quickstart test test-fast test-full check serve docs bench clean distclean
+.PHONY: help install quickstart test test-fast test-full check serve clients docs bench clean distclean
 
 help: ## Say what there is.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -66,6 +67,13 @@ check: $(STAMP) ## Lint, formatting, types, import contracts, lengths.
 serve: $(STAMP) ## Serve the quickstart's model on 127.0.0.1; stays up (CKPT=PATH for another).
 	@$(BIN)/omni-ray serve $(CKPT) $(ARGS)
 
+clients: $(CLIENTS)/.installed ## Install pipecat and livekit into .venv-clients, for their tests.
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/pip install -q -r $<
+	@touch $@
+
 docs: $(STAMP) ## Write build/docs (modules, commands) and check links and named files.
 	@$(BIN)/python docs/build.py build/docs
 
@@ -77,4 +85,4 @@ clean: ## Remove what was built, but not .venv and runs.
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv, runs and built data as well.
-	@rm -rf $(VENV) runs .cache
+	@rm -rf $(VENV) $(CLIENTS) runs .cache

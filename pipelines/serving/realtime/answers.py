@@ -34,9 +34,11 @@ class Answers:
         emit: Callable[[Mapping[str, Any]], None],
         on_spoken: Callable[[], None],
         seed: int,
+        most_tokens: int,
     ) -> None:
         self.dialogue, self.settings, self.outbox = dialogue, settings, outbox
         self.emit, self._on_spoken, self.seed = emit, on_spoken, seed
+        self._most_tokens = most_tokens
         self.active: Response | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._apart: dict[str, Response] = {}
@@ -46,7 +48,6 @@ class Answers:
         self.wasted_rows = 0
         """Rows of speculation that were thrown away."""
         self.any_done = False
-        self.max_seen_tokens = DEFAULT_TOKENS
 
     @property
     def busy(self) -> bool:
@@ -266,7 +267,7 @@ class Answers:
 
     def _most(self, given: Mapping[str, Any]) -> int:
         asked = given.get("max_output_tokens", self.settings.body["max_output_tokens"])
-        return DEFAULT_TOKENS if asked == "inf" else int(asked)
+        return min(self._most_tokens, DEFAULT_TOKENS if asked == "inf" else int(asked))
 
     def _options(self, response: Response, most: int) -> AnswerOptions:
         burst = int(BURST_S * FRAMES_A_SECOND) if response.voice else 1 << 30

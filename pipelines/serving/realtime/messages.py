@@ -77,7 +77,7 @@ class MessageReader:
 
     def _message(self, item_id: str, body: Mapping[str, Any], form: Format) -> tuple[Item, Build]:
         role, content = body.get("role"), body.get("content")
-        if role not in _PARTS:
+        if not isinstance(role, str) or role not in _PARTS:
             raise EventError(f"item.role is {str(role)[:40]!r}; roles are {', '.join(_PARTS)}", "item.role")
         if not isinstance(content, list) or not content:
             raise EventError("item.content must be a list of parts", "item.content")

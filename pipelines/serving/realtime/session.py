@@ -60,7 +60,8 @@ class Session:
         self.settings = Settings(model, serving.turn, self.id, beta)
         self.outbox = Outbox(send, serving.limits.slow_reader_s)
         self.dialogue = Dialogue(self.id, stages, template, template.model.language.max_position_embeddings)
-        self.answers = Answers(self.dialogue, self.settings, self.outbox, self.tell, self._spoken, secrets.randbits(40))
+        seed, most = secrets.randbits(40), serving.limits.max_tokens
+        self.answers = Answers(self.dialogue, self.settings, self.outbox, self.tell, self._spoken, seed, most)
         self.turns = Turns(self.dialogue, self.answers, self.settings, activity, self.tell)
         self.turns.on_commit = self._committed
         self.reader = MessageReader(self.dialogue, serving.limits)
@@ -164,6 +165,8 @@ class Session:
             raise EventError(f"the conversation holds {MOST_ITEMS} items; delete some", code="too_many_items")
         item, build = self.reader.read(event.body["item"], self.settings.input_format)
         after = event.body.get("previous_item_id")
+        if after is not None and not isinstance(after, str):
+            raise EventError("previous_item_id must be a text", "previous_item_id", "invalid_type")
         previous = self.dialogue.conversation.add(item, after)
         self.dialogue.do(lambda: self._build(item, build, event.event_id))
         for kind in ("conversation.item.added", "conversation.item.done"):

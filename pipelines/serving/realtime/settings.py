@@ -238,7 +238,7 @@ def _detection(value: Any, before: dict[str, Any] | None, turn: TurnConfig) -> d
     flags = {"create_response": True, "interrupt_response": True}
     if kind == "semantic_vad":
         eagerness = given.get("eagerness") or "auto"
-        if eagerness not in _EAGERNESS_MS:
+        if not isinstance(eagerness, str) or eagerness not in _EAGERNESS_MS:
             raise EventError(f"{where}.eagerness is {_short(eagerness)}; one of {', '.join(_EAGERNESS_MS)}", where)
         found: dict[str, Any] = {"type": kind, "eagerness": eagerness, **flags}
     elif kind == "server_vad":
