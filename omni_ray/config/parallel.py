@@ -80,10 +80,12 @@ class Pools(Checked):
     """How long to wait for an autoscaler when the cluster cannot hold the pools; 0 refuses at once."""
 
     def for_serving(self) -> Pools:
-        """The same pools as replicas have them: trained in whatever precision, they answer in fp32."""
+        """The same pools as replicas have them: however they were trained, each holds a whole network in fp32."""
         names = ("vision", "audio", "speech", "language")
         return self.model_copy(
-            update={name: getattr(self, name).model_copy(update={"precision": "fp32"}) for name in names}
+            update={
+                name: getattr(self, name).model_copy(update={"precision": "fp32", "shard": "none"}) for name in names
+            }
         )
 
 

@@ -99,7 +99,9 @@ def test_precision_changes_the_numbers_fingerprint() -> None:
     }
     assert len(set(prints.values())) == 3
     assert prints[()] == prints["pools.vision.precision=fp32",]
-    recipe = load_recipe("tiny", ["pools.vision.precision=bf16", "pools.vision.actors=3"])
+    sharded = ["pools.vision.shard=hsdp", "pools.vision.recompute=full"]
+    recipe = load_recipe("tiny", ["pools.vision.precision=bf16", "pools.vision.actors=3", *sharded])
+    assert recipe.pools.for_serving().vision.shard == "none"
     assert recipe.pools.for_serving().vision.precision == "fp32"
     assert recipe.pools.for_serving().vision.actors == 3
 
