@@ -67,7 +67,7 @@ check: $(STAMP) ## Lint, formatting, types, import contracts, lengths.
 serve: $(STAMP) ## Serve the quickstart's model on 127.0.0.1; stays up (CKPT=PATH for another).
 	@$(BIN)/omni-ray serve $(CKPT) $(ARGS)
 
-clients: $(CLIENTS)/.installed ## Install pipecat and livekit into .venv-clients, for their tests.
+clients: $(CLIENTS)/.installed ## Install pipecat, livekit and schemathesis into .venv-clients, for their tests.
 
 $(CLIENTS)/.installed: tests/clients/requirements.txt
 	@$(PYTHON) -m venv $(CLIENTS)

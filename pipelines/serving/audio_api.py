@@ -94,23 +94,17 @@ async def transcriptions(gateway: Gateway, request: Request) -> Response:
         ApiError: 400 no sound that can be read, 413 too large, 429 too many, 503 a stage is down.
     """
     form = await _form(request)
-    upload = form.get("file")
-    if not isinstance(upload, UploadFile):
-        raise bad_request("the form has no file; send the sound as field file", param="file")
-    shape = str(form.get("response_format") or "json")
-    if shape not in TRANSCRIPT_FORMS:
-        raise bad_request(
-            f"response_format is {shape[:40]!r}; forms are {', '.join(TRANSCRIPT_FORMS)}", param="response_format"
-        )
-    raw = await upload.read()
-    await form.close()
+    try:
+        raw, shape, streamed = await _uploaded(form)
+    finally:
+        await form.close()
     seconds = await gateway.beside(sound_bytes_checked, raw, "file", gateway.limits)
     content = [{"type": "audio", "media": "file"}, {"type": "text", "text": ASK}]
     conversation = Conversation(messages=({"role": "user", "content": content},), media={"file": raw})
     prompt = await gateway.beside(_prompt, gateway, conversation, False)
     turn = gateway.turn([])
     pieces = turn.pieces(prompt, False)
-    if str(form.get("stream") or "").lower() in ("true", "1"):
+    if streamed:
         return StreamingResponse(_transcript_events(pieces, turn, prompt), media_type="text/event-stream")
     text = "".join([piece.text async for piece in pieces]).strip()
     if shape == "text":
@@ -122,6 +116,19 @@ async def transcriptions(gateway: Gateway, request: Request) -> Response:
         body |= {"task": "transcribe", "language": "english", "duration": seconds, "segments": [segment]}
         body["usage"] = {"type": "duration", "seconds": seconds}
     return JSONResponse(body)
+
+
+async def _uploaded(form: FormData) -> tuple[bytes, str, bool]:
+    """The sound, the form of the answer, and whether it is streamed."""
+    upload = form.get("file")
+    if not isinstance(upload, UploadFile):
+        raise bad_request("the form has no file; send the sound as field file", param="file")
+    shape = str(form.get("response_format") or "json")
+    if shape not in TRANSCRIPT_FORMS:
+        raise bad_request(
+            f"response_format is {shape[:40]!r}; forms are {', '.join(TRANSCRIPT_FORMS)}", param="response_format"
+        )
+    return await upload.read(), shape, str(form.get("stream") or "").lower() in ("true", "1")
 
 
 def _prompt(gateway: Gateway, conversation: Conversation, speaks: bool) -> Prompt:

@@ -1,5 +1,6 @@
-"""Voice-agent frameworks, unmodified, each twenty turns with a running server: sound, pictures, interruptions, a new
-connection.  They live in an environment of their own (``make clients``)."""
+"""Programs of others, unmodified, against a running server: two voice-agent frameworks, each twenty turns with sound,
+pictures, interruptions and a new connection; and a tester of HTTP interfaces.  They live in an environment of their own
+(``make clients``)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.full,
-    pytest.mark.skipif(not PYTHON.exists(), reason="pipecat and livekit are not installed: make clients"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="pipecat, livekit and schemathesis are not installed: make clients"),
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
 ]
 
@@ -66,4 +67,13 @@ def test_livekit(server: Server, speech: Path) -> None:
     assert seen["interrupts"] == 3
     assert seen["reconnects"] >= 1
     assert seen["sound_s"] > 20
+    assert server.wait_empty() == dict.fromkeys(server.held(), 0)
+
+
+def test_schemathesis_meets_no_server_error(server: Server, tmp_path: Path) -> None:
+    command = [PYTHON.parent / "schemathesis", "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error"]
+    options = ["--max-examples", "40", "--request-timeout", "30", "--seed", "1", "--no-color"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=540, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "Tested: 7" in done.stdout
     assert server.wait_empty() == dict.fromkeys(server.held(), 0)
