@@ -59,9 +59,14 @@ def tiny() -> AudioEncoder:
     return random_encoder(model_preset("tiny").audio)
 
 
+def doubled(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers in double precision, still of the parameters' graph."""
+    return {name: value.double() for name, value in module.state_dict(keep_vars=True).items()}
+
+
 def slow_layer(layer: torch.nn.Module, x: list[Tensor], left: int, right: int) -> list[Tensor]:
     """One FSMN layer, row by row and tap by tap."""
-    weight = {name: value.double() for name, value in layer.state_dict().items()}
+    weight = doubled(layer)
 
     def norm(v: Tensor, name: str) -> Tensor:
         centred = v - v.mean()
@@ -82,7 +87,7 @@ def slow_layer(layer: torch.nn.Module, x: list[Tensor], left: int, right: int) -
 def slow_encode(encoder: AudioEncoder, wave: Tensor) -> tuple[Tensor, Tensor]:
     """networks.md section 2 in double precision: language rows and CTC logits."""
     config, part = encoder.config, encoder.encoder
-    weight = {name: value.double() for name, value in encoder.state_dict().items()}
+    weight = doubled(encoder)
     fbank = encoder.fbank(wave).double()
     frames = (fbank - weight["encoder.cmvn_mean_M"]) / weight["encoder.cmvn_std_M"]
     x = []
@@ -116,6 +121,20 @@ def test_equals_the_slow_transcription(encoder: AudioEncoder, samples: int) -> N
     assert lengths == (-(-((samples - 400) // 160 + 1) // 8),) == (SMALL.num_rows(samples),)
     torch.testing.assert_close(rows.double(), expected_rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits.double(), expected_logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{}, {"left_order": 1, "right_order": 2}, {"num_layers": 2, "num_post_layers": 1}])
+def test_gradients_equal_the_slow_transcription(change: dict[str, int]) -> None:
+    encoder = random_encoder(SMALL.model_copy(update=change), seed=2)
+    wave = noise(5000)
+    rows, _ = encoder([wave])
+    logits, _ = encoder.ctc_logits([encoder.features(wave)])
+    slow_rows, slow_logits = slow_encode(encoder, wave)
+    names, parameters = zip(*encoder.named_parameters(), strict=True)
+    ours = torch.autograd.grad(rows.sin().sum() + logits.sin().sum(), parameters)
+    theirs = torch.autograd.grad(slow_rows.sin().sum() + slow_logits.sin().sum(), parameters)
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def stream_all(encoder: AudioEncoder, wave: Tensor, sizes: list[int]) -> Tensor:

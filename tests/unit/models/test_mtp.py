@@ -14,6 +14,8 @@ from omni_ray.config.model import LanguageConfig, model_preset
 from omni_ray.models import weights
 from omni_ray.models.llm import LanguageModel
 from omni_ray.models.mtp import next_rows
+from omni_ray.models.packed_attention import packed_layout
+from omni_ray.models.rope import Turn, rope_tables
 from omni_ray.training.loss import ahead_objective, term_scales
 from omni_ray.types.batch import IGNORE, LossKind, OmniBatch
 
@@ -41,9 +43,11 @@ def rotate(x: Tensor, t: int) -> Tensor:
     return torch.view_as_real(turned).flatten()
 
 
-def slow_ahead(model: LanguageModel, hidden_TH: Tensor, embeddings_TH: Tensor) -> Tensor:
+def slow_ahead(
+    model: LanguageModel, hidden_TH: Tensor, embeddings_TH: Tensor, published: dict[str, Tensor] | None = None
+) -> Tensor:
     """One sequence; attention head by head, query by query, from the published tensors."""
-    p = {name.removeprefix("model.mtp."): t for name, t in weights.published_tensors(model, CONFIG).items()}
+    p = {n.removeprefix("model.mtp."): t for n, t in (published or weights.published_tensors(model, CONFIG)).items()}
     eps, at, rows = CONFIG.rms_norm_eps, "layers.0.", len(hidden_TH)
     n, r, e, rank = CONFIG.qk_nope_head_dim, CONFIG.qk_rope_head_dim, CONFIG.v_head_dim, CONFIG.kv_lora_rank
     z = []
@@ -106,6 +110,29 @@ def test_head_equals_the_slow_transcription(model: LanguageModel) -> None:
             want = slow_ahead(model, out.hidden_TD[part], rows[part])
             torch.testing.assert_close(out.ahead_TD[part], want, rtol=1e-4, atol=1e-4)
             start += n
+
+
+def test_gradients_equal_the_slow_transcription(model: LanguageModel) -> None:
+    generator = torch.Generator().manual_seed(3)
+    made = [torch.randn(7, CONFIG.hidden_size, generator=generator) for _ in range(2)]
+    rows, hidden = (x.clone().requires_grad_() for x in made)
+    turn = Turn(*rope_tables(torch.arange(7), CONFIG.qk_rope_head_dim, CONFIG.rope_theta))
+    layout = packed_layout((0, 7), CONFIG.num_attention_heads, turn)
+    model.zero_grad()
+    assert model.model.mtp is not None
+    model.model.mtp(hidden, rows, (0, 7), layout).sin().sum().backward()
+    ours = {n: g for n, g in weights.published_gradients(model, CONFIG).items() if n.startswith("model.mtp.")}
+
+    published = {name: t.detach().clone() for name, t in weights.published_tensors(model, CONFIG).items()}
+    leaves = {name: published[name].requires_grad_() for name in ours}
+    slow_rows, slow_hidden = (x.clone().requires_grad_() for x in made)
+    slow_ahead(model, slow_hidden, slow_rows, published).sin().sum().backward()
+    assert len(ours) == 16
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, leaves[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+    torch.testing.assert_close(rows.grad, slow_rows.grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(hidden.grad, slow_hidden.grad, rtol=1e-3, atol=1e-4)
+    model.zero_grad()
 
 
 def test_loss_is_the_next_rows_label_times_its_terms_factor(model: LanguageModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,42 @@ def test_gradients_equal_slow_transcription() -> None:
     fast = torch.autograd.grad((encoder.vit_features(torch.cat(items), MIXED) * weights).sum(), parameters)
     slow = torch.autograd.grad((slow_features(encoder, items, MIXED) * weights).sum(), parameters)
     for name, a, b in zip(names, fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def random_config(seed: int) -> VisionConfig:
+    draw = random.Random(seed)
+    heads, temporal = draw.choice([1, 2, 3, 5]), draw.choice([1, 2])
+    return VisionConfig(
+        hidden_size=heads * draw.choice([4, 8, 12]),
+        num_heads=heads,
+        num_layers=draw.choice([1, 2, 3]),
+        intermediate_size=draw.choice([24, 30, 50]),
+        patch_size=draw.choice([7, 14]),
+        temporal_patch_size=temporal,
+        rope_base=draw.choice([10.0, 10000.0]),
+        norm_eps=draw.choice([1e-6, 1e-3]),
+        adaptor_dim=16,
+        output_size=8,
+        min_patches=4,
+        max_patches=400,
+        side_multiple=28,
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_networks_equal_the_slow_transcription(seed: int) -> None:
+    config = random_config(seed)
+    encoder = shaken(config, seed)
+    draw = random.Random(100 + seed)
+    grids: list[Grid] = [(draw.randint(1, 3), draw.randint(1, 4), 2 * draw.randint(1, 3)) for _ in range(3)]
+    items = draw_patches(config, grids, seed)
+    fast, slow = encoder.vit_features(torch.cat(items), grids), slow_features(encoder, items, grids)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(seed))
+    names, parameters = zip(*encoder.vit.named_parameters(), strict=True)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), parameters) for out in (fast, slow))
+    for name, a, b in zip(names, ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
