@@ -249,12 +249,15 @@ class Engine:
         made, ids_B5 = self._choose(set(wanted))
         going = [(session, place) for place, session in enumerate(made) if not made[session].last]
         spans = [(session, 1) for session, _ in going]
-        parts = [self._embed(ids_B5[[place for _, place in going]])] if going and ids_B5 is not None else []
+        parts = []
+        if going and ids_B5 is not None:
+            all_go = len(going) == len(made)
+            parts.append(self._embed(ids_B5 if all_go else ids_B5[[place for _, place in going]]))
         room = STEP_ROWS - len(spans)
         for session in wanted:
             room -= self._take_piece(session, room, spans, parts)
         if spans:
-            last_SH = self._forward.advance(torch.cat(parts), spans)
+            last_SH = self._forward.advance(parts[0] if len(parts) == 1 else torch.cat(parts), spans)
             for (session, _), hidden_H in zip(spans, last_SH.unbind(0), strict=True):
                 self._arrived(session, hidden_H)
         self._end([session for session, row in made.items() if row.last])

@@ -64,22 +64,44 @@ def mixture(memory: RowMemory, weights: ExpertWeights) -> Tensor:
 def choose(scores_TE: NDArray[np.float32], weights: ExpertWeights) -> Chosen:
     """Top-k of the corrected scores; weights are the scores themselves, scaled (networks.md section 1).
 
+    Of equal scores the first is chosen.  Sums and comparisons run in fp64, so that one row by itself, for which plain
+    lists are several times as fast, chooses what it would beside others.
+
     Args:
         scores_TE: Softmax of the router, real rows.
     """
-    rows, experts = scores_TE.shape
+    if len(scores_TE) == 1:
+        return _choose_one(scores_TE[0].tolist(), weights)
     ffn, top_k = len(weights.down), weights.top_k
-    corrected_TE = scores_TE + weights.bias_E
-    expert_TK = corrected_TE.argpartition(experts - top_k, axis=1)[:, experts - top_k :]
-    weight_TK = scores_TE[np.arange(rows)[:, None], expert_TK] * np.float32(weights.scaling)
-    # Sums in one order whatever order the partition left.
+    corrected_TE = scores_TE.astype(np.float64) + weights.bias_E
+    expert_TK = (-corrected_TE).argsort(axis=1, kind="stable")[:, :top_k]
     flat = expert_TK.ravel()
     order = flat.argsort(kind="stable")
+    token_P = order // top_k
     counts = np.bincount(flat, minlength=ffn)[:ffn]
     real = int(counts.sum())
-    zero_T = np.zeros(rows, dtype=np.float32)
-    share_P = weight_TK.ravel()[order]
-    token_P = order // top_k
+    share_P = scores_TE[token_P, flat[order]].astype(np.float64) * weights.scaling
+    zero_T = np.zeros(len(scores_TE))
     np.add.at(zero_T, token_P[real:], share_P[real:])
     busy = counts.nonzero()[0]
-    return Chosen(token_P[:real], share_P[:real], list(zip(busy.tolist(), counts[busy].tolist(), strict=True)), zero_T)
+    return Chosen(
+        token_P[:real],
+        share_P[:real].astype(np.float32),
+        list(zip(busy.tolist(), counts[busy].tolist(), strict=True)),
+        zero_T.astype(np.float32),
+    )
+
+
+def _choose_one(scores: list[float], weights: ExpertWeights) -> Chosen:
+    """:func:`choose` of one row."""
+    ffn = len(weights.down)
+    below = [-(score + bias) for score, bias in zip(scores, weights.biases, strict=True)]
+    chosen = sorted(sorted(range(len(below)), key=below.__getitem__)[: weights.top_k])
+    shares = [scores[expert] * weights.scaling for expert in chosen]
+    real = sum(expert < ffn for expert in chosen)
+    return Chosen(
+        np.zeros(real, dtype=np.int64),
+        np.array(shares[:real], dtype=np.float32),
+        [(expert, 1) for expert in chosen[:real]],
+        np.array([sum(shares[real:])], dtype=np.float32),
+    )

@@ -75,8 +75,10 @@ class ExpertWeights:
 
     router: Panels
     """[H, N + Z] fp32."""
-    bias_E: NDArray[np.float32]
+    bias_E: NDArray[np.float64]
     """Correction of the choice."""
+    biases: tuple[float, ...]
+    """The same, for one row."""
     top_k: int
     """Experts chosen per token."""
     scaling: float
@@ -279,9 +281,11 @@ def _with_edges(qkv_HA: Tensor, module: LatentAttention) -> Tensor:
 
 
 def _experts(moe: MoE) -> ExpertWeights:
+    bias_E = moe.router.e_score_correction_bias.detach().double().cpu().numpy().copy()
     return ExpertWeights(
         router=_matrix(moe.router.classifier.weight.float()),
-        bias_E=moe.router.e_score_correction_bias.detach().float().cpu().numpy().copy(),
+        bias_E=bias_E,
+        biases=tuple(bias_E.tolist()),
         top_k=moe.router.top_k,
         scaling=moe.router.scaling,
         gate_up=tuple(map(in_panels, inputs_first(moe.experts.gate_up_proj).unbind(0))),

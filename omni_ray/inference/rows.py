@@ -18,7 +18,7 @@ from torch import Tensor
 from omni_ray.config.model import CodecConfig
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.requests import AnswerOptions
-from omni_ray.inference.row_weights import RowWeights, product
+from omni_ray.inference.row_weights import RowWeights, panels_of, product, product_into
 from omni_ray.models.sampling import REPETITION_FRAMES, allowed_mask, choose, penalise_repeats
 from omni_ray.types.batch import AUDIO_EOS, AUDIO_PAD, AUDIO_RESERVED, NUM_CODEBOOKS
 
@@ -66,6 +66,21 @@ class _Draws:
         return torch.rand(HEADS, generator=self._generator)
 
 
+class _TextMemory:
+    """Buffers of a choice of text for a number of answers, and their views."""
+
+    def __init__(self, weights: RowWeights, hidden_BH: Tensor) -> None:
+        count, padded = len(hidden_BH), weights.padded(len(hidden_BH))
+        self.weights = weights
+        self.hidden_PH = hidden_BH.new_zeros(padded, hidden_BH.shape[1])
+        self.real_BH = self.hidden_PH[:count]
+        logits_PV = hidden_BH.new_zeros(padded, sum(panel.shape[1] for panel in weights.text_head))
+        self.logits = panels_of(logits_PV, weights.text_head)
+        self.real_BV = logits_PV[:count]
+        self.values_BV = self.real_BV.numpy()
+        self.ids_B5 = torch.full((count, HEADS), AUDIO_PAD, dtype=torch.int64)
+
+
 class RowSampler:
     """State of the answers in progress; :meth:`next_rows` chooses one row for each.  Answers come and go."""
 
@@ -80,6 +95,7 @@ class RowSampler:
             for codes in vocabulary.code_sizes
         ]
         self._draws: list[_Draws] = []
+        self._memories: dict[int, _TextMemory] = {}
         self.any_voice = self.any_drawn = False
         self.voice_B = torch.zeros(0, dtype=torch.bool, device=device)
         self.temperature_B = torch.zeros(0, device=device)
@@ -136,6 +152,8 @@ class RowSampler:
 
     def _next_rows(self, hidden_BH: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
         count = len(hidden_BH)
+        if not self.any_voice and not self.any_drawn and hidden_BH.is_cpu and hidden_BH.dtype == torch.float32:
+            return self._plain_text(hidden_BH, weights)
         padded = weights.padded(count)
         if padded > count:
             hidden_BH = torch.cat([hidden_BH, hidden_BH.new_zeros(padded - count, hidden_BH.shape[1])])
@@ -152,6 +170,18 @@ class RowSampler:
         ended_B = ~self.voice_B & (ids_B5[:, 0] == self.vocabulary.eos_id)
         raw_BV = [product(hidden_BH, head)[:count].float() for head in weights.audio_heads]
         return ids_B5, ended_B | self._speech(raw_BV, uniform_B5, ids_B5)
+
+    def _plain_text(self, hidden_BH: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
+        """The likeliest words on CPU, nothing else asked for: what most answers are, so its buffers are kept."""
+        memory = self._memories.get(len(hidden_BH))
+        if memory is None or memory.weights is not weights:
+            memory = self._memories[len(hidden_BH)] = _TextMemory(weights, hidden_BH)
+        memory.real_BH.copy_(hidden_BH)
+        product_into(memory.hidden_PH, weights.text_head, memory.logits)
+        memory.real_BV.add_(self._text_mask)
+        ids_B5 = memory.ids_B5.clone()
+        ids_B5[:, 0] = torch.from_numpy(memory.values_BV.argmax(axis=-1))
+        return ids_B5, ids_B5[:, 0] == self.vocabulary.eos_id
 
     def _look(self) -> None:
         self.any_voice = bool(self.voice_B.any())
