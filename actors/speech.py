@@ -14,6 +14,7 @@ from actors.worker import Rank, check_device
 from omni_ray.config.recipe import Recipe
 from omni_ray.models.codec import Codec
 from omni_ray.training.networks import build_network
+from omni_ray.training.process import settle_process
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
 
 CACHED_CLIPS = 20_000
@@ -33,7 +34,7 @@ class SpeechWorker:
     def build(self, folder: Path | None = None) -> None:
         """Make the codec, from ``folder`` or as the recipe starts."""
         check_device(self.rank)
-        torch.set_num_threads(self.recipe.pools.speech.threads)
+        settle_process(threads=self.recipe.pools.speech.threads, deterministic=self.recipe.deterministic)
         network = build_network("codec", self.recipe, folder)
         assert isinstance(network, Codec)
         self.network = network.to(torch.device(self.rank.device)).eval()

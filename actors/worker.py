@@ -25,6 +25,7 @@ from omni_ray.training.memory import keep_freed_memory
 from omni_ray.training.networks import build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
 from omni_ray.training.precision import host_copy
+from omni_ray.training.process import settle_process
 from omni_ray.training.sharding import ShardedOptimizer, add_up
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
 from omni_ray.types.errors import ResourceError
@@ -84,7 +85,7 @@ class NetworkWorker:
             ResourceError: the worker should compute on a GPU and this node has none.
         """
         check_device(self.rank)
-        torch.set_num_threads(self.pool.threads)
+        settle_process(threads=self.pool.threads, deterministic=self.recipe.deterministic)
         network = build_network(self.network_name, self.recipe, folder)
         # Dropout and masks belong to component pretraining; here a tile's bits must repeat.
         self.network: nn.Module = network.to(self.device).eval()

@@ -26,6 +26,8 @@ class Recipe(Checked):
     components: str = "shipped"
     """``shipped``, ``train``, or a folder with vision/, audio/ and codec/."""
     placement: Literal["separate", "colocate"] = "separate"
+    deterministic: bool = False
+    """Only kernels whose bits do not vary from run to run; what that costs: ``omni-ray bench deterministic``."""
     schedule: Schedule = Field(default_factory=Schedule)
     pools: Pools = Field(default_factory=Pools)
     stages: tuple[Stage, ...] = ()
@@ -97,6 +99,8 @@ class Recipe(Checked):
         rounded = {name: precision for name, precision in rounded.items() if precision != "fp32"}
         if rounded:  # a run in fp32 keeps the fingerprint that it had before there was a choice
             keep["precision"] = rounded
+        if self.deterministic:
+            keep["deterministic"] = True
         keep["tile_items"] = self.data.tile_items
         keep["tokenizer"] = None if self.data.tokenizer is None else self.data.tokenizer.name
         for word in ("split", "form", "prompts"):

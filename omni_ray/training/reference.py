@@ -22,6 +22,7 @@ from omni_ray.training.loss import TERMS, ahead_objective, auxiliary, means, obj
 from omni_ray.training.networks import POOLS, build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
 from omni_ray.training.prepare import PreparedStep
+from omni_ray.training.process import settle_process
 from omni_ray.types.batch import ItemRoute, OmniBatch
 from omni_ray.types.modality import Modality
 
@@ -42,7 +43,7 @@ class Reference:
     """All four networks in one process; ``step`` runs one training step exactly as the pools must."""
 
     def __init__(self, recipe: Recipe) -> None:
-        torch.set_num_threads(1)
+        settle_process(threads=1, deterministic=recipe.deterministic)
         self.recipe = recipe
         self.networks: dict[str, Any] = {name: build_network(name, recipe).eval() for name in (*POOLS, "codec")}
         self.networks["language"].recompute = recipe.pools.language.recompute

@@ -26,6 +26,7 @@ from omni_ray.models.recompute import RecomputeMode
 from omni_ray.models.weights import published_config
 from omni_ray.training.memory import keep_freed_memory
 from omni_ray.types.errors import OmniError
+from pipelines.bench.deterministic import deterministic_cost
 from pipelines.bench.language_configs import LARGE, SMALL
 from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured
 from pipelines.live_bytes import LiveBytes
@@ -72,6 +73,10 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
     if keep_freed_memory():
         figures += [figure for case in CASES[2:] for figure in _peak_share(case, repeats, seed, kept=True)]
     figures += _recompute(seed)
+    for case in CASES[::2]:
+        ids, labels = draw_batch(case, seed)
+        step = timed(our_step, LanguageModel(case.config, seed=seed), ids, labels)
+        figures.append(deterministic_cost(step, f"deterministic_cost_{case.size}", repeats))
     return BenchReport(bench="language-train", environment=environment(seed=seed, threads=1), figures=tuple(figures))
 
 
