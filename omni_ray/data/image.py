@@ -155,8 +155,12 @@ def fit_size(height: int, width: int, config: VisionConfig, max_patches: int | N
     big) or raised (too small). Sides below the multiple are enlarged first. A picture so slender that one side would
     vanish keeps the multiple there and is shortened instead.
 
+    Raises:
+        MediaError: a side of no pixels.
     Source: networks.md section 1, native resolution.
     """
+    if height < 1 or width < 1:
+        raise MediaError(f"a picture of {width} x {height} pixels has nothing to see; both sides need a pixel at least")
     unit, patch = config.side_multiple, config.patch_size
     most, least = min(config.max_patches, max_patches or config.max_patches), config.min_patches
     most_units, least_units = (n * patch * patch / (unit * unit) for n in (most, least))

@@ -151,7 +151,12 @@ class LanguageModel(nn.Module):
         )
 
     def _check_rows(self, embeddings_TD: Tensor, cu_seqlens: Sequence[int], positions_T: Tensor) -> None:
-        rows = embeddings_TD.shape[0]
+        rows, width = embeddings_TD.shape[0], self.config.hidden_size
+        if embeddings_TD.shape != (rows, width):
+            raise ValueError(
+                f"embeddings_TD has shape {list(embeddings_TD.shape)}, yet the model's hidden_size is {width}; give "
+                f"packed rows [T, {width}]"
+            )
         if len(cu_seqlens) == 0 or cu_seqlens[0] != 0 or cu_seqlens[-1] != rows:
             ends = f"runs from {cu_seqlens[0]} to {cu_seqlens[-1]}" if len(cu_seqlens) else "is empty"
             raise ValueError(

@@ -71,6 +71,12 @@ def test_native_resolution(size: tuple[int, int], wanted: tuple[int, int]) -> No
     assert image.fit_size(*size, VISION) == wanted
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_picture_of_no_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(MediaError, match="has nothing to see; both sides need a pixel at least"):
+        image.fit_size(*size, VISION)
+
+
 @pytest.mark.parametrize("config", [VISION, model_preset("flash-omni").vision], ids=["tiny", "flash-omni"])
 def test_every_size_keeps_the_limits(config: VisionConfig) -> None:
     rng = np.random.default_rng(0)

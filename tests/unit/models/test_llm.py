@@ -129,6 +129,12 @@ def test_impossible_packings_are_refused(
         model(torch.zeros(rows_, 160), cu, torch.arange(positions))
 
 
+@pytest.mark.parametrize("shape", [(5, 161), (5, 2, 160)])
+def test_rows_of_another_width_are_refused(model: LanguageModel, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"has shape {re.escape(str(list(shape)))}, yet the model's hidden_size is 160"):
+        model(torch.zeros(shape), [0, 5], torch.arange(5))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite_are_named(model: LanguageModel, bad: float) -> None:
     x = torch.zeros(5, 160)
