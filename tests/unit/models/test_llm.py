@@ -131,7 +131,8 @@ def test_impossible_packings_are_refused(
 
 @pytest.mark.parametrize("shape", [(5, 161), (5, 2, 160)])
 def test_rows_of_another_width_are_refused(model: LanguageModel, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"has shape {re.escape(str(list(shape)))}, yet the model's hidden_size is 160"):
+    text = f"has shape {list(shape)}, yet the model's hidden_size is 160"
+    with pytest.raises(ValueError, match=re.escape(text)):
         model(torch.zeros(shape), [0, 5], torch.arange(5))
 
 
