@@ -15,7 +15,7 @@ from live import Client, check_ga, held, open_client, pcm, png, room
 
 from pipelines.serving.realtime import dialogue
 
-EVENTS = 3_000
+EVENTS = 1_500
 """In the suite; ``OMNI_RAY_FUZZ_EVENTS=100000`` for the whole figure."""
 SESSION_EVENTS = 500
 WORDS = (
@@ -123,10 +123,13 @@ async def _session(parts: Any, seed: int, events: int) -> Client:
             await client.session.handle(frame(draw, created))
             if draw.random() < 0.1:
                 await asyncio.sleep(0)
-        # It still follows good events.
-        before = len(client.of("session.updated"))
+        # It still follows good events; the answer to the last comes when all before it have left the queue.
         await client.send("session.update", session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
-        await client.wait("session.updated", before + 1)
+        await client.send("conversation.item.retrieve", item_id="item_never", event_id="the last")
+        while not client.events or client.events[-1].get("error", {}).get("event_id") != "the last":
+            client.news.clear()
+            await asyncio.wait_for(client.news.wait(), 60)
+        assert client.session.settings.detection is None
     finally:
         await client.close()
     return client
