@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni_ray.inference.cache import KEY_TILE, VALUE_BLOCK, LatentCache
-from omni_ray.inference.row_memory import REMEMBERED_ROWS, RowMemory
+from omni_ray.inference.row_memory import REMEMBERED_ROWS, RowMemory, remember
 from omni_ray.inference.row_mixture import mixture
 from omni_ray.inference.row_weights import (
     AttentionWeights,
@@ -112,7 +112,7 @@ class RowForward:
         if found is None:
             found = RowMemory(self.weights, total)
             if total <= REMEMBERED_ROWS:
-                self._memories[total] = found
+                remember(self._memories, total, found)
         return found
 
     def _rows(self, spans: Sequence[tuple[int, int]], padded: int) -> _Rows:

@@ -9,7 +9,7 @@ once.  Rows of a buffer beyond the real ones are filler: what they hold is finit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,21 @@ from torch import Tensor
 from omni_ray.inference.row_weights import EDGE, Panels, RowWeights, panels_of
 from omni_ray.models.layers import ROW_TILE
 
+_Memory = TypeVar("_Memory")
 REMEMBERED_ROWS = 64
 """Forwards of at most so many rows keep their memory for the next one of the same size."""
+REMEMBERED_SIZES = 8
+"""Memories kept; the number of rows changes with every conversation that begins or ends, but seldom within a second."""
+_MOST_SPANS = 4096
+"""Views of experts' rows kept in one memory."""
+
+
+def remember(kept: dict[int, _Memory], size: int, memory: _Memory) -> _Memory:
+    """Keep a memory by its size; beyond :data:`REMEMBERED_SIZES` the one made first goes."""
+    if len(kept) >= REMEMBERED_SIZES and size not in kept:
+        del kept[next(iter(kept))]
+    kept[size] = memory
+    return memory
 
 
 class ExpertSpan(NamedTuple):
@@ -153,6 +166,8 @@ class RowMemory:
         """``count`` rows from ``start`` on."""
         found = self._spans.get((start, count))
         if found is None:
+            if len(self._spans) >= _MOST_SPANS:
+                self._spans.clear()
             rows = slice(start, start + count)
             gate_up, out = panels_of(self._gate_up_PF2[rows], self._gate_up), panels_of(self._out_PH[rows], self._down)
             found = self._spans[start, count] = ExpertSpan(self._x_PH[rows], gate_up, self._inner_PF[rows], out)

@@ -18,6 +18,7 @@ from torch import Tensor
 from omni_ray.config.model import CodecConfig
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.requests import AnswerOptions
+from omni_ray.inference.row_memory import remember
 from omni_ray.inference.row_weights import RowWeights, panels_of, product, product_into
 from omni_ray.models.sampling import REPETITION_FRAMES, allowed_mask, choose, penalise_repeats
 from omni_ray.types.batch import AUDIO_EOS, AUDIO_PAD, AUDIO_RESERVED, NUM_CODEBOOKS
@@ -173,9 +174,11 @@ class RowSampler:
 
     def _plain_text(self, hidden_BH: Tensor, weights: RowWeights) -> tuple[Tensor, Tensor]:
         """The likeliest words on CPU, nothing else asked for: what most answers are, so its buffers are kept."""
+        if any(memory.weights is not weights for memory in self._memories.values()):
+            self._memories.clear()  # none may hold on to weights that were exchanged
         memory = self._memories.get(len(hidden_BH))
-        if memory is None or memory.weights is not weights:
-            memory = self._memories[len(hidden_BH)] = _TextMemory(weights, hidden_BH)
+        if memory is None:
+            memory = remember(self._memories, len(hidden_BH), _TextMemory(weights, hidden_BH))
         memory.real_BH.copy_(hidden_BH)
         product_into(memory.hidden_PH, weights.text_head, memory.logits)
         memory.real_BV.add_(self._text_mask)
