@@ -16,7 +16,8 @@ from omni_ray.bridge.route import RouteTable
 from omni_ray.config.parallel import is_sharded
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.networks import POOLS
-from omni_ray.training.prepare import PreparedStep
+from omni_ray.training.prepare import PreparedStep, StepBuilder
+from omni_ray.training.reference import Reference
 from omni_ray.types.modality import FEATURE_MODALITIES, Modality
 
 
@@ -127,3 +128,11 @@ class InProcessPools:
 def reference_weights(reference: Any) -> dict[str, Tensor]:
     """The same of the single process."""
     return {f"{name}/{key}": value for name in POOLS for key, value in reference.optimizers[name].weights().items()}
+
+
+def trained_alone(base: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """Weights after the single process has made all steps of the recipe on ``base/world``."""
+    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
+    for step in range(recipe.total_steps):
+        oracle.step(builder.build(step))
+    return reference_weights(oracle)

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from in_process_pools import InProcessPools, reference_weights
-from mini_world import STAGES, mini_recipe, write_components, write_world
-from torch import Tensor
+from in_process_pools import InProcessPools, trained_alone
+from mini_world import STAGES, differing, mini_recipe, write_components, write_world
 
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.networks import POOLS
 from omni_ray.training.prepare import StepBuilder
-from omni_ray.training.reference import Reference
 
 BF16 = {name: {"precision": "bf16"} for name in POOLS}
 MIXED = {"language": {"precision": "bf16"}, "vision": {"precision": "fp32"}, "audio": {"precision": "bf16"}}
@@ -34,23 +32,10 @@ def recipe_of(base: Path, pools: dict[str, Any], **changes: Any) -> Recipe:
     return mini_recipe(base, stages=[STAGE], pools=pools, **changes)
 
 
-def trained_alone(base: Path, pools: dict[str, Any]) -> dict[str, Tensor]:
-    recipe = recipe_of(base, pools)
-    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
-    for step in range(recipe.total_steps):
-        oracle.step(builder.build(step))
-    return reference_weights(oracle)
-
-
-def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    assert found.keys() == wanted.keys()
-    return [name for name in found if not torch.equal(found[name], wanted[name])]
-
-
 @pytest.mark.parametrize("precision", [BF16, MIXED], ids=["bf16", "mixed"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_pools_equal_the_reference_bit_for_bit(base: Path, precision: dict[str, Any], ranks: int) -> None:
-    wanted = trained_alone(base, precision)
+    wanted = trained_alone(base, recipe_of(base, precision))
     assert all(value.dtype == torch.float32 for value in wanted.values() if value.is_floating_point())
     sized = {name: section | {"actors": ranks, "recompute": "full"} for name, section in precision.items()}
     recipe = recipe_of(base, sized, schedule={"num_chunks": ranks})
@@ -64,7 +49,7 @@ def test_pools_equal_the_reference_bit_for_bit(base: Path, precision: dict[str, 
 
 def test_saved_masters_and_snapshots_go_on_with_the_same_bits(base: Path, tmp_path: Path) -> None:
     """Two ranks write after the first step, one rank goes on from their files; a rewound rank makes the step again."""
-    wanted = trained_alone(base, BF16)
+    wanted = trained_alone(base, recipe_of(base, BF16))
     two = recipe_of(base, {name: section | {"actors": 2} for name, section in BF16.items()})
     pools, builder = InProcessPools(two), StepBuilder(two, base / "world")
     pools.step(builder.build(0))
@@ -81,7 +66,7 @@ def test_saved_masters_and_snapshots_go_on_with_the_same_bits(base: Path, tmp_pa
     loaded = InProcessPools(one, folder=tmp_path)
     loaded.step(StepBuilder(one, base / "world").build(1))
     assert differing(loaded.weights(), wanted) == []
-    assert differing(loaded.weights(), trained_alone(base, {})) != [], "fp32 gives other bits"
+    assert differing(loaded.weights(), trained_alone(base, recipe_of(base, {}))) != [], "fp32 gives other bits"
 
 
 def test_what_is_computed_in_bf16_and_what_is_not(base: Path) -> None:

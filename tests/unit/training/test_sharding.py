@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from in_process_pools import InProcessPools, reference_weights
-from mini_world import STAGES, mini_recipe, write_components, write_world
-from torch import Tensor
+from in_process_pools import InProcessPools, trained_alone
+from mini_world import STAGES, differing, mini_recipe, write_components, write_world
 
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.prepare import StepBuilder
-from omni_ray.training.reference import Reference
 
 STAGE = STAGES[2] | {"steps": 3, "trainable": [*STAGES[2]["trainable"], "audio"]}
 ENCODERS = ("vision", "audio")
@@ -32,18 +29,6 @@ def recipe_of(base: Path, ranks: int, precision: str = "fp32", shard: str = "hsd
     section = {"actors": ranks, "shard": shard, "recompute": "full", "precision": precision}
     pools = dict.fromkeys(ENCODERS, section) | {"language": {"precision": precision}}
     return mini_recipe(base, stages=list(stages), pools=pools)
-
-
-def trained_alone(base: Path, recipe: Recipe) -> dict[str, Tensor]:
-    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
-    for step in range(recipe.total_steps):
-        oracle.step(builder.build(step))
-    return reference_weights(oracle)
-
-
-def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    assert found.keys() == wanted.keys()
-    return [name for name in found if not torch.equal(found[name], wanted[name])]
 
 
 @pytest.mark.parametrize(("ranks", "precision"), [(2, "fp32"), (3, "bf16")])
