@@ -1,7 +1,7 @@
-"""Linears of the FSMN encoder with their activation or residual inside the product (docs/decisions).
+"""Linears of the encoders with their bias, activation, gate or residual inside the product (docs/decisions).
 
-On the CPU in fp32 this is oneDNN's product over weights laid out once for its kernel: bias, ReLU6 or the addition
-happen while a tile is in registers, where separate operations take two more trips over the widest activations. Values
+On the CPU in fp32 this is oneDNN's product over weights laid out once for its kernel: what follows the product
+happens while a tile is in registers, where separate operations take two more trips over the widest activations. Values
 have the same bits with and without a graph. Elsewhere the plain operations run.
 """
 
@@ -40,12 +40,32 @@ def _fused(x: Tensor, linear: nn.Linear) -> bool:
     return fits and torch.backends.mkldnn.is_available()
 
 
+def _product(x_RK: Tensor, laid_out: Tensor, bias_N: Tensor | None) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x_RK, laid_out, bias_N, "none", [], ""))
+
+
 def _relu6_product(x_RK: Tensor, laid_out: Tensor, bias_N: Tensor | None) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x_RK, laid_out, bias_N, "hardtanh", [0.0, 6.0], ""))
 
 
 def _add_product(x_RK: Tensor, laid_out: Tensor, bias_N: Tensor | None, other_RN: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x_RK, other_RN, laid_out, bias_N, "add"))
+
+
+def _mul_product(x_RK: Tensor, laid_out: Tensor, bias_N: Tensor | None, other_RN: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x_RK, other_RN, laid_out, bias_N, "mul"))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, laid_out: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x_RK, weight_NK)
+        return _product(x_RK, laid_out, bias_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RN: Tensor):  # type: ignore[no-untyped-def, override]
+        return *_linear_gradients(ctx.needs_input_grad, grad_RN, *ctx.saved_tensors), None
 
 
 class _LinearRelu6(torch.autograd.Function):
@@ -86,6 +106,39 @@ def _linear_gradients(
         grad_RN.t() @ x_RK if needed[1] else None,
         grad_RN.sum(dim=0) if needed[2] else None,
     )
+
+
+def linear(layer: nn.Linear, x_RK: Tensor) -> Tensor:
+    """``layer(x)``.
+
+    Args:
+        layer: With or without a bias.
+        x_RK: [R, K].
+    Returns:
+        [R, N].
+    """
+    if not _fused(x_RK, layer):
+        plain_RN: Tensor = layer(x_RK)
+        return plain_RN
+    if torch.is_grad_enabled():
+        out_RN: Tensor = _Linear.apply(x_RK, layer.weight, layer.bias, _laid_out(layer))
+        return out_RN
+    return _product(x_RK, _laid_out(layer), layer.bias)
+
+
+def linear_mul(layer: nn.Linear, x_RK: Tensor, gate_RN: Tensor) -> Tensor:
+    """``layer(x) * gate``; with a graph as two operations, whose backward wants both factors.
+
+    Args:
+        layer: With or without a bias.
+        x_RK: [R, K].
+        gate_RN: The other factor, [R, N].
+    Returns:
+        [R, N].
+    """
+    if torch.is_grad_enabled() or not _fused(x_RK, layer):
+        return linear(layer, x_RK) * gate_RN
+    return _mul_product(x_RK, _laid_out(layer), layer.bias, gate_RN)
 
 
 def linear_relu6(linear: nn.Linear, x_RK: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
+from omni_ray.models.fused_linear import linear
 from omni_ray.models.layers import row_padded
 from omni_ray.types.errors import MediaError
 
@@ -109,4 +110,9 @@ class VisionProjector(nn.Module):
 
     def forward(self, features_PD: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Map ViT features [patches, D] to language rows [tokens, output_size]."""
-        return row_padded(lambda x_TJ: self.proj(self.p0(x_TJ)), merge_patches(features_PD, grids, self.merge))
+        return row_padded(self._rows, merge_patches(features_PD, grids, self.merge))
+
+    def _rows(self, x_TJ: Tensor) -> Tensor:
+        for layer in self.p0:
+            x_TJ = linear(layer, x_TJ) if isinstance(layer, nn.Linear) else layer(x_TJ)
+        return linear(self.proj, x_TJ)

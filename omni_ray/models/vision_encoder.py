@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
+from omni_ray.models.fused_linear import linear, linear_mul
 from omni_ray.models.layers import ROW_TILE, RMSNorm
 from omni_ray.models.pretrained import Pretrained
 from omni_ray.models.projector import Grid, VisionProjector, merged_tokens
@@ -115,7 +116,7 @@ class Attention(nn.Module):
     def forward(self, x_PD: Tensor, packed: PackedGrids) -> Tensor:
         """Mix the patches of each window; [P, D] to [P, D]."""
         rows, size = x_PD.shape
-        query_key, value_PD = self.qkv(x_PD).split([2 * size, size], dim=-1)
+        query_key, value_PD = linear(self.qkv, x_PD).split([2 * size, size], dim=-1)
         heads = query_key.view(rows, 2 * self.num_heads, size // self.num_heads)
         turned = rotate(heads, packed.cos_P1e, packed.sin_P1e).view(rows, 2 * size)
         query_PD, key_PD = turned.split(size, dim=-1)
@@ -130,8 +131,7 @@ class Attention(nn.Module):
             start += count * length
         if not mixed:
             mixed.append(value_PD)
-        projected: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
-        return projected
+        return linear(self.proj, mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
 
 class SwiGLU(nn.Module):
@@ -146,8 +146,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_PD: Tensor) -> Tensor:
         """[P, D] to [P, D]."""
-        out: Tensor = self.fc2(self.norm(F.silu(self.fc1(x_PD)) * self.fc3(x_PD)))
-        return out
+        gate_PF = F.silu(linear(self.fc1, x_PD), inplace=not torch.is_grad_enabled())
+        return linear(self.fc2, self.norm(linear_mul(self.fc3, x_PD, gate_PF)))
 
 
 class Block(nn.Module):
@@ -164,9 +164,15 @@ class Block(nn.Module):
 
     def forward(self, x_PD: Tensor, packed: PackedGrids) -> Tensor:
         """[P, D] to [P, D]."""
-        x_PD = x_PD + self.ls1 * self.attn(self.norm1(x_PD), packed)
-        out: Tensor = x_PD + self.ls2 * self.mlp(self.norm2(x_PD))
-        return out
+        x_PD = _add_scaled(x_PD, self.ls1, self.attn(self.norm1(x_PD), packed))
+        return _add_scaled(x_PD, self.ls2, self.mlp(self.norm2(x_PD)))
+
+
+def _add_scaled(x_PD: Tensor, scale_D: Tensor, update_PD: Tensor) -> Tensor:
+    """``x + scale * update``; without a graph in the update's own memory, with the same bits."""
+    if torch.is_grad_enabled():
+        return x_PD + scale_D * update_PD
+    return update_PD.mul_(scale_D).add_(x_PD)
 
 
 class Blocks(nn.Module):
@@ -188,15 +194,6 @@ class LongCatViT(nn.Module):
 
     def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Features [P, D] of packed patches [P, C]; see :meth:`VisionEncoder.vit_features`."""
-        lengths = [math.prod(grid) for grid in grids]
-        # A graph keeps every activation anyway, and an accelerator wants the whole batch at once.
-        runs = [] if torch.is_grad_enabled() or patches_PC.device.type != "cpu" else item_runs(lengths, RUN_ROWS)
-        if len(runs) < 2:
-            return self._packed(patches_PC, grids)
-        pieces = patches_PC.split([sum(lengths[run]) for run in runs])
-        return torch.cat([self._packed(piece, grids[run]) for piece, run in zip(pieces, runs, strict=True)])
-
-    def _packed(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
         rows = patches_PC.shape[0]
         missing = -rows % ROW_TILE
         if missing:
@@ -212,6 +209,17 @@ class LongCatViT(nn.Module):
         if packed.order_P is not None:
             x_PD = x_PD[torch.argsort(packed.order_P)]
         return x_PD[:rows]
+
+
+def in_runs(network: Callable[[Tensor, Sequence[Grid]], Tensor], patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """``network`` over packed items, in runs that stay in the cache where that is faster; the bits are the same."""
+    lengths = [math.prod(grid) for grid in grids]
+    # A graph keeps every activation anyway, and an accelerator wants the whole batch at once.
+    runs = [] if torch.is_grad_enabled() or patches_PC.device.type != "cpu" else item_runs(lengths, RUN_ROWS)
+    if len(runs) < 2:
+        return network(patches_PC, grids)
+    pieces = patches_PC.split([sum(lengths[run]) for run in runs])
+    return torch.cat([network(piece, grids[run]) for piece, run in zip(pieces, runs, strict=True)])
 
 
 class VisionEncoder(Pretrained):
@@ -233,8 +241,7 @@ class VisionEncoder(Pretrained):
     def vit_features(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """ViT features before the projector, [patches, D]; arguments as in :meth:`forward`."""
         self._check(patches_PC, grids)
-        features: Tensor = self.vit(patches_PC, grids)
-        return features
+        return in_runs(self.vit, patches_PC, grids)
 
     def forward(self, patches_PC: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Encode packed items, each frame pair on its own; sizes may differ, and nothing is padded to a common size.
@@ -250,9 +257,8 @@ class VisionEncoder(Pretrained):
         Raises:
             MediaError: patches and grids disagree, or a grid cannot be joined by the merge.
         """
-        features_PD = self.vit_features(patches_PC, grids)
-        out: Tensor = self.projector(features_PD, grids)
-        return out
+        self._check(patches_PC, grids)
+        return in_runs(lambda piece, some: self.projector(self.vit(piece, some), some), patches_PC, grids)
 
     def tokens(self, grid: Grid) -> int:
         """Rows that :meth:`forward` gives for one item."""
@@ -268,8 +274,9 @@ class VisionEncoder(Pretrained):
                 f"patches have shape {list(patches_PC.shape)}, yet {len(grids)} grids of patch size "
                 f"{self.config.patch_size} need {list(want)}; patchify with the encoder's own settings"
             )
-        # One pass over the input finds what would otherwise come out as silent nonsense.
-        if not bool(patches_PC.detach().sum(dtype=torch.float64).isfinite()):
+        # One pass over the input finds what would otherwise come out as silent nonsense; a sum that only overflows is
+        # followed by the test of every value.
+        if not bool(patches_PC.detach().sum().isfinite()):
             bad_P = (~patches_PC.isfinite().all(dim=1)).nonzero()
             if len(bad_P):
                 ends = torch.tensor([math.prod(grid) for grid in grids]).cumsum(0)

@@ -1,4 +1,8 @@
-"""Vision encoder: packed pictures over pictures padded to the largest of their group, same network and weights."""
+"""Vision encoder: packed pictures over pictures padded to the largest of their group, same network and weights.
+
+The padded side is what one writes in plain torch, as in ``audio-encode``; ``padded_over_real_rows`` says how much of
+the gain is the padding, the rest is how the rows are computed.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +133,8 @@ def padded_features(encoder: VisionEncoder, x_BLC: Tensor, angles_BL1e: Tensor, 
         q, k, v = (x.reshape(split).transpose(1, 2) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x_BLD = x_BLD + block.ls1 * block.attn.proj(mixed)
-        x_BLD = x_BLD + block.ls2 * block.mlp(block.norm2(x_BLD))
+        mlp, normed_BLD = block.mlp, block.norm2(x_BLD)
+        x_BLD = x_BLD + block.ls2 * mlp.fc2(mlp.norm(F.silu(mlp.fc1(normed_BLD)) * mlp.fc3(normed_BLD)))
     return x_BLD
 
 

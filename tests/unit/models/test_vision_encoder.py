@@ -171,6 +171,8 @@ def test_packed_equals_one_by_one_bit_for_bit(size: str) -> None:
             packed = encoder(torch.cat(items), grids)
             single = torch.cat([encoder(item, [grid]) for item, grid in zip(items, grids, strict=True)])
         assert torch.equal(packed, single)
+        # Without a graph activations are written over and come in runs: recomputation relies on the same bits.
+        assert torch.equal(encoder(torch.cat(items), grids).detach(), packed)
 
 
 def test_repeat_gives_same_bits_forward_and_backward() -> None:
