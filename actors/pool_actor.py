@@ -146,14 +146,20 @@ class PoolActor:
             return self.worker.finish([(numbers, torch.from_numpy(rows.copy())) for numbers, rows in others])
 
     def give_pieces(self) -> Any:
-        """A sharded pool's terms, one object for every rank."""
-        return self.invoke("give_pieces")
+        """A sharded pool's terms: a token (None), then one object for every rank."""
+        return [None, *self.invoke("give_pieces")]
+
+    def add_pieces(self, *others: Any) -> None:
+        """Add this rank's pieces of ranks' terms to its gradient."""
+        self.enter("add_pieces")
+        with span("add_pieces"):
+            self.worker.add_pieces([_pieces(part) for part in others])
 
     def finish_shard(self, *others: Any) -> Any:
-        """Close the gradient of what this rank owns; ``others``: its piece of every rank's terms."""
+        """Close the gradient of what this rank owns; ``others``: its pieces of every rank's terms."""
         self.enter("finish")
         with span("finish"):
-            return self.worker.finish_shard([(numbers, tensor_of(rows)) for numbers, rows in others])
+            return self.worker.finish_shard([_pieces(part) for part in others])
 
     def take_weights(self, *shards: Any) -> None:
         """Take in the other ranks' weights."""
@@ -201,6 +207,11 @@ class PoolActor:
 
 def _bytes(pieces: Sequence[EmbeddingBatch]) -> int:
     return sum(piece.values_ID.numel() * piece.values_ID.element_size() for piece in pieces)
+
+
+def _pieces(packed: Any) -> tuple[Any, list[Any]]:
+    numbers, pieces = packed
+    return numbers, [as_tensor(piece) for piece in pieces]
 
 
 def _returns(values: list[Any], count: int) -> Any:

@@ -18,7 +18,7 @@ from actors.group import PoolGroup, group_backend, leave_group
 from actors.snapshot import BackgroundSave, Snapshots, WorkerState, load_optimizer, write_shard
 from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.route import tiles_of
-from omni_ray.config.parallel import PoolConfig, is_sharded
+from omni_ray.config.parallel import PoolConfig, is_sharded, shares_weights
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.digest import digests
 from omni_ray.training.memory import keep_freed_memory
@@ -26,7 +26,7 @@ from omni_ray.training.networks import build_network
 from omni_ray.training.optimizer import PoolOptimizer, rates
 from omni_ray.training.precision import host_copy
 from omni_ray.training.process import settle_process
-from omni_ray.training.sharding import ShardedOptimizer, add_up
+from omni_ray.training.sharding import MASTER_BYTES, MOMENT_BYTES, ShardedOptimizer, add_up
 from omni_ray.types.batch import EmbeddingBatch, ItemRoute
 from omni_ray.types.errors import ResourceError
 
@@ -72,6 +72,8 @@ class NetworkWorker:
         """Whether the stage trains any part of this network."""
         self.terms: dict[int, Tensor] = {}
         """Gradient terms by number; kept only when several ranks must add them in one order."""
+        self.pieces: dict[int, list[Tensor]] = {}
+        """The same in a sharded pool: every term is cut by who owns the parameters."""
         self.group: PoolGroup | None = None
         """The pool's process group, where sums are made by all-reduce."""
         self.saving = BackgroundSave()
@@ -89,9 +91,13 @@ class NetworkWorker:
         network = build_network(self.network_name, self.recipe, folder)
         # Dropout and masks belong to component pretraining; here a tile's bits must repeat.
         self.network: nn.Module = network.to(self.device).eval()
-        parts = (self.rank.pool, self.network, self.recipe.optimizer, self.pool.precision)
-        whole = not is_sharded(self.pool)
-        self.optimizer = PoolOptimizer(*parts) if whole else ShardedOptimizer(*parts, self.rank.rank, self.rank.ranks)
+        self.optimizer: PoolOptimizer
+        pool, rank = self.pool, self.rank
+        parts = (rank.pool, self.network, self.recipe.optimizer, pool.precision, pool.offload == "cpu")
+        if is_sharded(pool):
+            self.optimizer = ShardedOptimizer(*parts, rank.rank, rank.ranks, not shares_weights(pool))
+        else:
+            self.optimizer = PoolOptimizer(*parts)
         self.stage = self.recipe.stages[0] if self.recipe.stages else None
 
     @property
@@ -125,7 +131,9 @@ class NetworkWorker:
 
     def keep_term(self, number: int) -> None:
         """Close one gradient term; on a single rank it is added to those before it."""
-        if self.live and self.rank.ranks > 1 and self.ordered:
+        if self.live and is_sharded(self.pool):
+            self.pieces[number] = self.shard.take_pieces()
+        elif self.live and self.rank.ranks > 1 and self.ordered:
             self.terms[number] = self.optimizer.take_term()
         elif self.live:
             self.optimizer.close_term()
@@ -154,23 +162,26 @@ class NetworkWorker:
 
     # --- a sharded pool ----------------------------------------------------------------------------------------------
 
-    def give_pieces(self) -> list[tuple[list[int], Tensor]]:
-        """Like :meth:`give_terms`, cut by who owns the parameters: one pair for every rank."""
-        numbers, rows = self.give_terms()
-        self.terms = {}
-        return [(numbers, piece) for piece in self.shard.pieces(rows)]
+    def give_pieces(self) -> list[tuple[list[int], list[Tensor]]]:
+        """Gradient terms made since the last call, for every rank: their numbers, and its flat pieces of them."""
+        made, self.pieces = self.pieces, {}
+        numbers = sorted(made)
+        return [(numbers, [made[n][rank] for n in numbers]) for rank in range(self.rank.ranks)]
 
-    def finish_shard(self, others: Sequence[tuple[Sequence[int], Tensor]]) -> list[tuple[int, float]]:
-        """Close the gradient of what this rank owns and let go of the rest of the network.
+    def add_pieces(self, others: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> None:
+        """Add terms to the gradient of what this rank owns; ``others``: its pair of ranks' :meth:`give_pieces`."""
+        named = [pair for numbers, pieces in others for pair in zip(numbers, pieces, strict=True)]
+        self.shard.add_pieces(dict(named))
+
+    def finish_shard(self, others: Sequence[tuple[Sequence[int], Sequence[Tensor]]]) -> list[tuple[int, float]]:
+        """Close the gradient of what this rank owns and let go of weights that are not kept.
 
         Args:
-            others: This rank's pair of every rank's :meth:`give_pieces`.
+            others: As in :meth:`add_pieces`; empty where all terms were sent on before.
         Returns:
             Output of :meth:`ShardedOptimizer.squares`.
         """
-        rows = {n: row for numbers, rows in others for n, row in zip(numbers, rows, strict=True)}
-        self.optimizer.clear()
-        self.optimizer.put_terms(rows[n] for n in sorted(rows))
+        self.add_pieces(others)
         squares = self.shard.squares()
         self.shard.release()
         return squares
@@ -191,9 +202,14 @@ class NetworkWorker:
         """Take in the others' weights, before the step's first forward."""
         self.shard.take(shards)
 
-    def bytes_at_rest(self) -> tuple[int, int]:
-        """Bytes of weights, masters and moments between two steps, and what they would be unsharded."""
-        return self.shard.bytes_at_rest(), self.shard.bytes_whole()
+    def bytes_at_rest(self) -> tuple[int, int, int]:
+        """Bytes of weights, masters and moments between two steps; of masters and moments alone; of all, unsharded."""
+        return self.shard.bytes_at_rest(), self.shard.state_bytes(), self.shard.bytes_whole()
+
+    def state_in_host(self) -> tuple[str, int]:
+        """Where this rank computes, and bytes of masters and moments that lie in host memory instead."""
+        apart = [m for name, m in self.optimizer.masters.items() if m.device != self.optimizer.parameters[name].device]
+        return self.device.type, sum(master.numel() for master in apart) * (MASTER_BYTES + MOMENT_BYTES)
 
     @property
     def shard(self) -> ShardedOptimizer:
@@ -256,7 +272,7 @@ class NetworkWorker:
     def forget_step(self) -> None:
         """Forget gradients, terms and activations of an unfinished step."""
         self.optimizer.clear()
-        self.terms = {}
+        self.terms, self.pieces = {}, {}
 
     def save(self, folder: Path) -> None:
         """Write this rank's shard: ``model/NAME`` (rank 0) and its part of ``optimizer/`` under a checkpoint folder."""

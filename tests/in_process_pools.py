@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from actors.pool_actor import PoolActor
 from actors.transport import pack
 from actors.worker import Rank
 from omni_ray.bridge.route import RouteTable
-from omni_ray.config.parallel import is_sharded
+from omni_ray.config.parallel import is_sharded, sends_terms_on
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.networks import POOLS
 from omni_ray.training.prepare import PreparedStep, StepBuilder
@@ -34,6 +35,8 @@ class InProcessPools:
             ]
             self.all(name, *(("build",) if folder is None else ("load", folder)))
         self.live: dict[str, bool] = {}
+        self.after_micro_batch: Callable[[int], None] | None = None
+        """Called with its number when a micro-batch's work has ended in every pool."""
 
     def all(self, pool: str, method: str, *args: Any) -> list[Any]:
         """A worker method on every rank."""
@@ -46,13 +49,18 @@ class InProcessPools:
         live = self.live = {name: any(self.all(name, "set_stage", stage)) for name in POOL_NAMES}
         wanted = [modality for modality in FEATURE_MODALITIES if live[modality.value]]
         routes = RouteTable.of(plan)
-        for name in filter(self.sharded, POOLS):
+        for name in filter(self.shared, POOLS):
             shards = self.all(name, "give_weights")
             for actor in self.pools[name]:
                 actor.take_weights(*shards)
         for index in plan.order:
             sent = self._encode(prepared, routes, index)
             self._backward(index, self._language(prepared, index, sent, wanted), sent, wanted)
+            for name in filter(self.sharded, POOLS):
+                if sends_terms_on(pool_config(recipe, name)):
+                    self._exchange(name, "add_pieces")
+            if self.after_micro_batch is not None:
+                self.after_micro_batch(index)
         training = [name for name in POOLS if live[name]]
         norms = [self._finish(name) for name in training]
         made = [actor.step(plan.step, *norms) for name in training for actor in self.pools[name]]
@@ -89,16 +97,23 @@ class InProcessPools:
             if modality in wanted:
                 self.pools[modality.value][rank].encoder_backward(index, *(next(back) for _ in pieces))
 
+    def shared(self, name: str) -> bool:
+        """Whether a pool's ranks own shares of its network."""
+        return is_sharded(pool_config(self.recipe, name))
+
     def sharded(self, name: str) -> bool:
-        """Whether a training pool's ranks hold shares of its network."""
-        return bool(self.live[name]) and is_sharded(pool_config(self.recipe, name))
+        """Whether they do and train in this stage."""
+        return bool(self.live[name]) and self.shared(name)
+
+    def _exchange(self, name: str, method: str) -> list[Any]:
+        """Every rank's pieces to their owners' method."""
+        pieces = [actor.give_pieces()[1:] for actor in self.pools[name]]
+        return [getattr(actor, method)(*(row[r] for row in pieces)) for r, actor in enumerate(self.pools[name])]
 
     def _finish(self, name: str) -> float:
         actors = self.pools[name]
         if self.sharded(name):
-            pieces = [actor.give_pieces() for actor in actors]
-            closed = [actor.finish_shard(*(row[r] for row in pieces)) for r, actor in enumerate(actors)]
-            return float(actors[0].invoke("add_squares", *closed))
+            return float(actors[0].invoke("add_squares", *self._exchange(name, "finish_shard")))
         terms = self.all(name, "give_terms") if len(self.pools[name]) > 1 else []
         closed = [actor.finish(*terms) for actor in self.pools[name]]
         return closed[0]
@@ -106,7 +121,7 @@ class InProcessPools:
     def save(self, folder: Path) -> None:
         """Write every pool's part of a checkpoint, and wait for it."""
         for name in POOL_NAMES:
-            if name in POOLS and self.sharded(name):
+            if self.shared(name):
                 masters = self.all(name, "give_masters")
                 for rank, actor in enumerate(self.pools[name]):
                     actor.save_shard(folder, *(masters if rank == 0 else ()))
@@ -119,7 +134,7 @@ class InProcessPools:
         found: dict[str, Tensor] = {}
         for name in POOLS:
             actors = self.pools[name]
-            chosen = actors if self.sharded(name) else [actors[min(rank, len(actors) - 1)]]
+            chosen = actors if self.shared(name) else [actors[min(rank, len(actors) - 1)]]
             for actor in chosen:
                 found |= {f"{name}/{key}": v.detach().cpu() for key, v in actor.worker.optimizer.weights().items()}
         return found

@@ -52,6 +52,16 @@ class AwayTensor(torch.Tensor):
 
     def __init__(self, inner: torch.Tensor) -> None: ...
 
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """The values; given others, their memory goes with them, as it does on an accelerator."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: AwayTensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every operation with a tensor of this device."""

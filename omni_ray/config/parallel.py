@@ -36,8 +36,13 @@ class PoolConfig(Checked):
     keep_freed_memory: bool = False
     """Freed blocks stay with the process (glibc): steps with large tensors are faster, the process grows larger."""
     shard: Literal["none", "hsdp", "zero1", "zero2", "zero3"] = "none"
-    """``hsdp`` (encoders): between steps a rank holds its share of weights, masters and moments alone."""
+    """What ranks hold shares of, with the same bits.
+
+    ``zero1``: masters and moments; ``zero2``: gradients as well, sent on term by term; ``zero3``: and, between steps,
+    weights; ``hsdp``: as zero3, with terms that are sent on in one go at the end of a step.
+    """
     offload: Literal["none", "cpu"] = "none"
+    """``cpu``: masters and moments lie in host memory, and the optimizer steps there."""
     threads: PositiveInt = 1
     """Torch threads of an actor; results are bitwise comparable only at equal threads."""
     spares: NonNegativeInt = 0
@@ -84,7 +89,8 @@ class Pools(Checked):
         names = ("vision", "audio", "speech", "language")
         return self.model_copy(
             update={
-                name: getattr(self, name).model_copy(update={"precision": "fp32", "shard": "none"}) for name in names
+                name: getattr(self, name).model_copy(update={"precision": "fp32", "shard": "none", "offload": "none"})
+                for name in names
             }
         )
 
@@ -110,23 +116,37 @@ def is_sharded(pool: PoolConfig) -> bool:
     return pool.shard != "none" and pool.actors > 1
 
 
+def sends_terms_on(pool: PoolConfig) -> bool:
+    """Whether gradient terms go to their owners as soon as a micro-batch's backward has made them."""
+    return is_sharded(pool) and pool.shard in ("zero2", "zero3")
+
+
+def shares_weights(pool: PoolConfig) -> bool:
+    """Whether ranks let go of each other's weights between two steps."""
+    return is_sharded(pool) and pool.shard in ("hsdp", "zero3")
+
+
 def check_sharded(name: str, pool: PoolConfig, schedule: Schedule) -> None:
     """Refuse what sharding cannot go with.
 
     Raises:
         ConfigError: names the settings and the mend.
     """
+    if name == "speech" and (pool.shard, pool.offload) != ("none", "none"):
+        raise ConfigError(
+            f"pools.speech has shard {pool.shard} and offload {pool.offload}, yet the codec does not train: it has no "
+            "optimizer state to share or to move; choose none"
+        )
     if pool.shard == "none":
         return
-    if pool.shard != "hsdp" or name not in ("vision", "audio"):
-        built = "none or hsdp" if name in ("vision", "audio") else "none"
-        raise ConfigError(f"pools.{name}.shard is {pool.shard}, which is not built yet in this version; choose {built}")
     if schedule.reduce != "ordered":
-        raise ConfigError(f"pools.{name}.shard is hsdp, which has ordered sums alone; choose schedule.reduce ordered")
-    if pool.recompute != "full":
         raise ConfigError(
-            f"pools.{name}.shard is hsdp with recompute {pool.recompute}: graphs that wait for their backward would "
-            "keep the weights; choose recompute full"
+            f"pools.{name}.shard is {pool.shard}, which has ordered sums alone; choose schedule.reduce ordered"
+        )
+    if pool.shard in ("hsdp", "zero3") and name != "language" and pool.recompute != "full":
+        raise ConfigError(
+            f"pools.{name}.shard is {pool.shard} with recompute {pool.recompute}: graphs that wait for their backward "
+            "would keep the weights; choose recompute full, or zero2, which keeps them anyway"
         )
 
 
@@ -141,7 +161,6 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
     later: list[tuple[str, object, object]] = []
     for name in ("vision", "audio", "speech", "language"):
         pool: PoolConfig = getattr(pools, name)
-        later += [(f"pools.{name}.offload", pool.offload, "none")]
         check_sharded(name, pool, schedule)
         if pool.recompute == "selective" and name != "language":
             raise ConfigError(f"pools.{name}.recompute is selective, which the language pool alone has; choose full")

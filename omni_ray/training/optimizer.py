@@ -43,15 +43,31 @@ class PoolOptimizer:
 
     A network that computes in bf16 trains fp32 masters: its weights are their rounded values, every gradient term is
     widened before it is added, and AdamW sees masters alone.  In fp32 a parameter is its own master.
+
+    Args:
+        pool: Name of the pool.  module: Its network, on the device that computes.  config: Of the run.
+        precision: What the network computes in.
+        offload: Masters, their gradients and moments lie in host memory, and AdamW runs there; on a host that computes
+            itself they are there anyway.
     """
 
-    def __init__(self, pool: str, module: nn.Module, config: OptimizerConfig, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        pool: str,
+        module: nn.Module,
+        config: OptimizerConfig,
+        precision: Precision = "fp32",
+        offload: bool = False,
+    ) -> None:
         self.pool = pool
+        self.offload = offload
         self.config = config
         self.module = module
         self.parameters = dict(module.named_parameters())
-        self.masters = self._own(compute_in(module, precision))
+        self.masters = self._own(compute_in(module, precision, offload))
         """What is trained and saved, by parameter name."""
+        self._total: Tensor | None = None
+        """Sum of the flat terms added so far."""
         groups: dict[tuple[str, bool], list[Tensor]] = {}
         for name, master in self.masters.items():
             groups.setdefault((part_of(pool, name), master.ndim >= 2), []).append(master)
@@ -84,7 +100,7 @@ class PoolOptimizer:
         for name, master in self.masters.items():
             parameter = self.parameters[name]
             if master is not parameter and parameter.grad is not None:
-                wide = parameter.grad.to(master.dtype)
+                wide = parameter.grad.to(master.device).to(master.dtype)
                 master.grad = wide if master.grad is None else master.grad.add_(wide)
                 parameter.grad = None
 
@@ -97,9 +113,17 @@ class PoolOptimizer:
 
     def put_terms(self, terms: Iterable[Tensor]) -> None:
         """Set the gradient to the sum of flat terms, added in the given order; they may lie in host memory."""
-        total: Tensor | None = None
+        self.add_terms(terms)
+        self.close_terms()
+
+    def add_terms(self, terms: Iterable[Tensor]) -> None:
+        """Add flat terms to those added before, in the given order."""
         for term in terms:
-            total = term.clone() if total is None else total.add_(term)
+            self._total = term.clone() if self._total is None else self._total.add_(term)
+
+    def close_terms(self) -> None:
+        """Set the gradient to the sum of the terms added."""
+        total, self._total = self._total, None
         if total is None:
             return
         start = 0
@@ -153,6 +177,7 @@ class PoolOptimizer:
 
     def clear(self) -> None:
         """Forget the gradient."""
+        self._total = None
         for tensor in (*self.parameters.values(), *self.masters.values()):
             tensor.grad = None
 

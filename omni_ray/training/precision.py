@@ -17,11 +17,13 @@ KEEPS_FP32 = (Router,)
 """Modules whose parameters stay: rounded router scores would choose other experts."""
 
 
-def compute_in(network: nn.Module, precision: Precision) -> dict[str, Tensor]:
+def compute_in(network: nn.Module, precision: Precision, masters_in_host: bool = False) -> dict[str, Tensor]:
     """Round a network's parameters to the dtype that it computes in; buffers (statistics, biases) stay as they are.
 
+    Args:
+        masters_in_host: Keep the masters in host memory, whatever device the network is on.
     Returns:
-        The fp32 master of every parameter by name; the parameter itself where it was not rounded.
+        The fp32 master of every parameter by name; the parameter itself where it was not rounded and need not move.
     """
     dtype = DTYPES[precision]
     kept = {id(p) for module in network.modules() if isinstance(module, KEEPS_FP32) for p in module.parameters()}
@@ -31,6 +33,8 @@ def compute_in(network: nn.Module, precision: Precision) -> dict[str, Tensor]:
         if parameter.dtype != dtype and id(parameter) not in kept:
             masters[name] = parameter.detach()
             parameter.data = parameter.data.to(dtype)
+        if masters_in_host and masters[name].device.type != "cpu":
+            masters[name] = host_copy(masters[name])
     return masters
 
 

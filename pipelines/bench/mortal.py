@@ -14,7 +14,17 @@ from typing import Any
 from actors.feeder import Feeder
 from actors.pool_actor import PoolActor
 
-PHASES = ("encode", "language", "encoder_backward", "finish", "step", "keep_snapshot", "hold", "start_saving")
+PHASES = (
+    "encode",
+    "language",
+    "encoder_backward",
+    "add_pieces",
+    "finish",
+    "step",
+    "keep_snapshot",
+    "hold",
+    "start_saving",
+)
 
 
 def mortal_classes(folder: Path) -> tuple[type, type]:

@@ -182,6 +182,7 @@ class _Run:
                 self.entered = index
             if self.gap.due(step):
                 self._drain()
+                self.driver.gather()  # ranks of sharded pools may have let go of weights
                 self.gap.update(step)
                 self.next_plan = self.feeder.plan.remote(step)
             self.flying.append(self.driver.submit(self._plan(step), partial(self._ask_plan, step + 1)))

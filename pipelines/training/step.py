@@ -6,7 +6,8 @@ calls first in, first out; a step may be submitted while the one before it still
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from actors.feeder import PayloadKey
 from actors.placement import pool_config
 from actors.pool import Pool
 from omni_ray.bridge.route import RouteTable
-from omni_ray.config.parallel import is_sharded
+from omni_ray.config.parallel import is_sharded, sends_terms_on
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import emit
 from omni_ray.observability.spans import span
@@ -29,6 +30,8 @@ from pipelines.training.waiting import Submitted, bounded_get, bounded_get_ready
 
 Sent = tuple[Modality, int, list[Any]]
 """What an encoder rank sends or gets back: its modality, its rank, the pieces."""
+Pieces = list[tuple[Any, list[Any]]]
+"""Terms of some ranks of a sharded pool: for each a token, and one handle for every owner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,8 @@ class _Step:
     encoded: int = 0
     """Micro-batches whose encoding was submitted."""
     calls: list[Submitted] = field(default_factory=list)
+    sent_on: dict[str, deque[Pieces]] = field(default_factory=dict)
+    """Gradient terms of sharded pools on their way to their owners."""
 
 
 class StepDriver:
@@ -107,10 +112,25 @@ class StepDriver:
         """Tell every pool which stage runs; waits, since later submissions depend on who trains."""
         handles = {name: pool.all("set_stage", index) for name, pool in self.pools.items()}
         self.live = {name: any(ray.get(refs)) for name, refs in handles.items()}
-        self.shards = {name: pool.all("give_weights") for name, pool in self.pools.items() if self._sharded(name)}
-        for name in self.shards:
-            sizes = ray.get(self.pools[name].all("bytes_at_rest"))
-            emit("sharded", pool=name, rank_bytes=[own for own, _ in sizes], whole_bytes=sizes[0][1])
+        # Those that do not train now, too: a stage before may have let go of weights.
+        shared = [name for name in POOLS if name in self.pools and is_sharded(pool_config(self.recipe, name))]
+        self.shards = {name: self.pools[name].all("give_weights") for name in shared}
+        for name in filter(self._sharded, shared):
+            rest, state, whole = zip(*ray.get(self.pools[name].all("bytes_at_rest")), strict=True)
+            facts = {"rank_bytes": list(rest), "rank_state_bytes": list(state), "whole_bytes": whole[0]}
+            emit("sharded", pool=name, shard=pool_config(self.recipe, name).shard, **facts)
+        for name in POOLS:
+            if name in self.pools and self.live[name] and pool_config(self.recipe, name).offload == "cpu":
+                self._tell_offload(name)
+
+    def _tell_offload(self, name: str) -> None:
+        """Say what lies in host memory, or that it would lie there anyway."""
+        found = ray.get(self.pools[name].all("state_in_host"))
+        if any(held for _, held in found):
+            emit("offloaded", pool=name, device=found[0][0], host_bytes=[held for _, held in found])
+        else:
+            why = "the pool computes on the CPU, where masters and moments lie in host memory anyway"
+            emit("offload_idle", pool=name, reason=why)
 
     def _sharded(self, name: str) -> bool:
         return self.live[name] and is_sharded(pool_config(self.recipe, name))
@@ -128,7 +148,7 @@ class StepDriver:
             self._ask_payloads(step)
             if asked is not None:
                 asked()
-            self._gather(step)
+            step.calls += self.gather()
             for call in call_order(self.recipe.schedule.kind, plan.order, self.window):
                 if call.kind == Kind.ENCODE:
                     self._encode(step, call.micro_batch)
@@ -179,13 +199,15 @@ class StepDriver:
         step.payloads = dict(zip(keys, refs, strict=True))
         step.calls.append(Submitted("feeder", 0, "payloads", -1, tuple(refs)))
 
-    def _gather(self, step: _Step) -> None:
-        """Ranks of sharded pools take in each other's weights."""
+    def gather(self) -> list[Submitted]:
+        """Ranks of sharded pools take in each other's weights, if they have not; returns the calls."""
+        calls = []
         for name, shards in self.shards.items():
             for rank, actor in enumerate(self.pools[name].actors):
                 taken = actor.take_weights.remote(*shards)
-                step.calls.append(Submitted(name, rank, "take_weights", -1, (taken,), tuple(shards)))
+                calls.append(Submitted(name, rank, "take_weights", -1, (taken,), tuple(shards)))
         self.shards = {}
+        return calls
 
     def _encode(self, step: _Step, index: int) -> None:
         step.features[index] = []
@@ -222,11 +244,42 @@ class StepDriver:
         step.tokens.append(token)
         step.gradients[index] = [(m, r, refs[k * chunks : (k + 1) * chunks]) for k, (m, r) in enumerate(back)]
         step.calls.append(Submitted("language", rank, "language", index, (token, *refs), (payload, *pieces)))
+        # A round behind: an owner adds what the others made while it worked, and waits for nobody.
+        self._send_on(step, "language", [rank], index, behind=len(self.pools["language"]))
 
     def _backward(self, step: _Step, index: int) -> None:
+        ranks: dict[str, list[int]] = {}
         for modality, rank, refs in step.gradients.pop(index):
             done = self.pools[modality.value].actors[rank].encoder_backward.remote(index, *refs)
             step.calls.append(Submitted(modality.value, rank, "encoder_backward", index, (done,), tuple(refs)))
+            ranks.setdefault(modality.value, []).append(rank)
+        for name, made in ranks.items():
+            self._send_on(step, name, made, index, behind=1)
+
+    def _send_on(self, step: _Step, name: str, ranks: Sequence[int], index: int, behind: int) -> None:
+        """Let ranks give the terms of a micro-batch to their owners, who add them ``behind`` micro-batches later."""
+        if not (self._sharded(name) and sends_terms_on(pool_config(self.recipe, name))):
+            return
+        waiting = step.sent_on.setdefault(name, deque())
+        waiting.append(self._give_pieces(step, name, ranks, index))
+        while len(waiting) > behind:
+            self._add_pieces(step, name, waiting.popleft())
+
+    def _give_pieces(self, step: _Step, name: str, ranks: Sequence[int], index: int = -1) -> Pieces:
+        given: Pieces = []
+        for rank in ranks:
+            actor = self.pools[name].actors[rank]
+            token, *refs = actor.give_pieces.options(num_returns=1 + len(self.pools[name])).remote()
+            # The step remembers the token alone: pieces leave the store when their owners have them.
+            step.calls.append(Submitted(name, rank, "give_pieces", index, (token,)))
+            given.append((token, refs))
+        return given
+
+    def _add_pieces(self, step: _Step, name: str, given: Pieces) -> None:
+        tokens = tuple(token for token, _ in given)
+        for rank, actor in enumerate(self.pools[name].actors):
+            added = actor.add_pieces.remote(*(refs[rank] for _, refs in given))
+            step.calls.append(Submitted(name, rank, "add_pieces", -1, (added,), tokens))
 
     def _barrier(self, step: _Step) -> None:
         last = [call.refs[0] for call in step.calls if call.phase != "payloads"]
@@ -272,15 +325,15 @@ class StepDriver:
     def _finish_sharded(self, step: _Step, name: str) -> Any:
         """Every rank closes the gradient of what it owns; returns the handle of the pool's squared norm."""
         actors = self.pools[name].actors
-        ranks = len(actors)
-        pieces = [actor.give_pieces.options(num_returns=ranks).remote() for actor in actors]
-        for rank, refs in enumerate(pieces):
-            step.calls.append(Submitted(name, rank, "give_pieces", -1, tuple(refs)))
+        for given in step.sent_on.pop(name, ()):
+            self._add_pieces(step, name, given)
+        late = not sends_terms_on(pool_config(self.recipe, name))
+        pieces = self._give_pieces(step, name, range(len(actors))) if late else []
+        tokens = tuple(token for token, _ in pieces)
         finished = []
         for rank, actor in enumerate(actors):
-            mine = tuple(refs[rank] for refs in pieces)
-            finished.append(actor.finish_shard.remote(*mine))
-            step.calls.append(Submitted(name, rank, "finish", -1, (finished[-1],), mine))
+            finished.append(actor.finish_shard.remote(*(refs[rank] for _, refs in pieces)))
+            step.calls.append(Submitted(name, rank, "finish", -1, (finished[-1],), tokens))
         norm = actors[0].invoke.remote("add_squares", *finished)
         step.calls.append(Submitted(name, 0, "add_squares", -1, (norm,), tuple(finished)))
         return norm
