@@ -85,13 +85,13 @@ def test_shares_of_sharded_pools_come_back(base: Path, ray_cluster: None, tmp_pa
     builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
     norms = [oracle.step(builder.build(step)).norm for step in range(recipe.total_steps)]
     oracle.save(tmp_path / "reference")
-    deaths = [("vision-1", "encode", 8), ("language-1", "finish", 7), ("language-0", "add_pieces", 25)]
+    deaths = [("vision-1", "encode", 8), ("language-1", "add_pieces", 20)]
     orders = [order_death(_folder(tmp_path), *death) for death in deaths]
     events = tmp_path / "events.jsonl"
     with event_log_to(EventLog(jsonl=events)):
         result = train(recipe, tmp_path / "run", quiet=True, **_classes(tmp_path))
     assert [order for order in orders if order.exists()] == []
-    assert result.recoveries >= 2
+    assert 1 <= result.recoveries <= 2
     assert result.checkpoint is not None
     assert differing(weights(result.checkpoint), weights(tmp_path / "reference")) == []
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
