@@ -57,7 +57,9 @@ def _live(url: str, quick: bool, seed: int) -> dict[str, Any]:
     for pair in range(2 if quick else 6):
         for side, omni in (("on", {}), ("off", OFF)):
             seen[side] += _clients(url, kind="turns", turns=1, speech_s=10.0, omni=omni, seed=seed + pair)
-    seen["long"] = _clients(url, kind="turns", turns=1 if quick else 5, speech_s=58.0, seed=seed)
+    # The short turns' own words behind 56 s of others (a turn ends after 60 s), so that both sides end alike for the
+    # detector of speech.
+    seen["long"] = _clients(url, kind="turns", turns=3 if quick else 8, speech_s=2.0, lead_s=56.0, seed=seed)
     load_s = 40.0 if quick else 600.0
     seen["load"] = _clients(
         url, kind="turns", turns=1000, for_s=load_s, speech_s=2.0, clients=MOST_SESSIONS, stagger_s=0.7, seed=seed
@@ -89,9 +91,12 @@ def _answer_figures(live: dict[str, Any]) -> list[Figure]:
         _point("after_detected_p50_ms", detected, 0.50, against="the server's own end of speech + 600 ms"),
         _ratio("overlap_ratio", _middle(on), _middle(off), goal=0.10, n=len(on), against="both off"),
         _point("off_first_audio_p50_ms", off, 0.50, against="10 s turns, speculation and streaming prefill off"),
-        _ratio("long_turn_ratio", _middle(long), _middle(single), goal=1.2, n=len(long), against="turns of 2 s"),
+        _ratio("long_turn_ratio", _middle(long), _middle(single[: len(long)]), goal=1.2, n=len(long), against=_SHORT),
         counted("early_sounds", sum(seen["early"] for seen in live["single"] + live["load"]), n=len(single)),
     ]
+
+
+_SHORT = "58 s over 2 s, which end in the same words"
 
 
 def _load_figures(live: dict[str, Any]) -> list[Figure]:

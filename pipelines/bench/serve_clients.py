@@ -76,8 +76,8 @@ class Voice:
             if time.monotonic() - began > self.plan.get("for_s", 1e9):
                 break
             words = self.plan.get("seed", 0) + self.number * 31 + turn
-            spoken = np.concatenate([quiet(0.3, turn), speech(self.plan["speech_s"], words)])
-            await self._turn(spoken)
+            said = speech(self.plan["speech_s"], words)
+            await self._turn(np.concatenate([quiet(0.3, turn), _lead(self.plan.get("lead_s", 0.0), words), said]))
 
     async def _turn(self, spoken: np.ndarray) -> None:
         """Speak at the pace of speech, stay silent until the answer was heard."""
@@ -97,7 +97,11 @@ class Voice:
             self.departures.append((self.sent, time.monotonic()))
             next_at += PIECE_S
             await asyncio.sleep(max(0.0, next_at - time.monotonic()))
-        answer.cancel() if not answer.done() else None
+        if answer.done():
+            answer.result()  # a turn that broke is no turn: the bench ends with its reason
+        else:
+            answer.cancel()
+            self.seen.errors.append(f"no answer within {len(sound) / RATE_HZ:.0f} s of sound")
         self.seen.turns += 1
 
     def _left(self, sample: int) -> float:
@@ -106,8 +110,9 @@ class Voice:
 
     async def _hear(self, due_sample: int) -> None:
         first, audio_ms, stopped_ms = 0.0, 0.0, 0.0
+        longest_s = LONGEST_WAIT_S + self.plan["speech_s"] + self.plan.get("lead_s", 0.0)
         while True:
-            at, event = await asyncio.wait_for(self.events.get(), LONGEST_WAIT_S + self.plan["speech_s"])
+            at, event = await asyncio.wait_for(self.events.get(), longest_s)
             kind = event["type"]
             if kind == "error":
                 self.seen.errors.append(event["error"]["message"][:200])
@@ -171,6 +176,13 @@ class Voice:
 
     async def _send(self, event: dict[str, Any]) -> None:
         await self.socket.send(json.dumps(event))
+
+
+def _lead(seconds: float, words: int) -> np.ndarray:
+    """What a longer turn says before the words that a short one consists of; a whole number of pieces long."""
+    if not seconds:
+        return np.zeros(0, np.int16)
+    return np.concatenate([speech(seconds - PIECE_S * 4, words + 7), quiet(PIECE_S * 4, words)])
 
 
 async def _refusals(url: str, plan: dict[str, Any]) -> list[float]:
