@@ -104,6 +104,24 @@ class Limits(Checked):
     """A live conversation whose client sends nothing for so long is closed."""
     slow_reader_s: PositiveFloat = 10.0
     """A client that takes nothing for so long while events wait for it is let go."""
+    ping_s: PositiveFloat = 10.0
+    """A WebSocket ping is sent so often."""
+    half_open_s: PositiveFloat = 30.0
+    """A peer that has answered no ping for so long is let go."""
+    stage_s: PositiveFloat = 4.0
+    """A stage that gives no sign of life for so long has failed on what was asked of it, and the client is told."""
+    unused_s: PositiveFloat = 900.0
+    """A stage forgets a session that nobody has used for so long; it is built again where it is asked for."""
+
+    @model_validator(mode="after")
+    def pings_come_before_the_end(self) -> Self:
+        """A peer gets at least one ping before it is let go."""
+        if self.half_open_s <= self.ping_s:
+            raise ConfigError(
+                f"limits.half_open_s is {self.half_open_s:g}, no longer than ping_s {self.ping_s:g}; a peer could "
+                "never answer in time: choose half_open_s > ping_s"
+            )
+        return self
 
 
 class ServingConfig(Checked):

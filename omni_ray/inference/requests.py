@@ -19,6 +19,9 @@ class AnswerOptions:
     """0: the likeliest id; above: drawn from softmax(logits / temperature)."""
     seed: int = 0
     """Of the draws; the answer to a request depends on nothing but the request."""
+    made_R5: Tensor | None = None
+    """[R, 5] rows of this answer that were made before and stand at the end of what was fed; the rest is as if they
+    had been made here.  ``max_tokens`` counts those that are still to come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,6 +123,22 @@ class RowSampler:
             held = getattr(self, name)
             setattr(self, name, torch.cat([held, held.new_full((1, *held.shape[1:]), fresh[name])]))
         self._look()
+        if options.made_R5 is not None:
+            self._resume(options.made_R5.to(self._device))
+
+    def _resume(self, made_R5: Tensor) -> None:
+        """Bring the last answer to where it stood after rows that were chosen elsewhere."""
+        last = len(self) - 1
+        one = copy.copy(self)
+        one.keep([last])
+        for ids_5 in made_R5:
+            if one.any_drawn:
+                one._draws[0].next_row()
+            if one.any_voice:
+                one._after_text(ids_5[:1])
+                one._after_codes(ids_5[None, 1:])
+        for name in STATE:
+            getattr(self, name)[last] = getattr(one, name)[0]
 
     def keep(self, index: list[int]) -> None:
         """Go on with these answers only, in this order."""
@@ -202,12 +218,15 @@ class RowSampler:
         mask_BV = torch.where(self.voice_B.unsqueeze(1), self._voice_mask, self._text_mask)
         mask_BV = torch.where((self.voice_B & self.words_ended_B).unsqueeze(1), self._pad_mask, mask_BV)
         text_B = self._choose(logits_BV + mask_BV, uniform_B)
+        self._after_text(text_B)
+        return text_B
+
+    def _after_text(self, text_B: Tensor) -> None:
         paused_B = text_B == self.vocabulary.pause_id
         # A text-pad before any end token also ends the words: nothing but pads follows in a segment.
         ends_B = paused_B | (text_B == self.vocabulary.eos_id) | (text_B == self.vocabulary.pad_id)
         self.paused_B = torch.where(self.words_ended_B, self.paused_B, paused_B)
         self.words_ended_B = self.words_ended_B | (self.voice_B & ends_B)
-        return text_B
 
     def _speech(self, raw: list[Tensor], uniform_B5: Tensor, ids_B5: Tensor) -> Tensor:
         first_B = self.in_segment_B == 0
@@ -220,7 +239,10 @@ class RowSampler:
             chosen_B = self._choose(logits_BV, uniform_B5[:, 1 + codebook])
             due_B = self.voice_B if codebook == 0 else self.voice_B & ~first_B
             ids_B5[:, 1 + codebook] = torch.where(due_B, chosen_B, AUDIO_PAD)
-        codes_B4 = ids_B5[:, 1:]
+        return self._after_codes(ids_B5[:, 1:])
+
+    def _after_codes(self, codes_B4: Tensor) -> Tensor:
+        """Follow a row's codec ids; [B] bool: it ended the answer."""
         recent = torch.where(codes_B4 >= AUDIO_RESERVED, codes_B4, -1)
         self.recent_B4W = torch.cat([self.recent_B4W[:, :, 1:], recent.unsqueeze(2)], dim=2)
         segment_ends_B = self.voice_B & (codes_B4[:, 0] == AUDIO_EOS)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.batch import AUDIO_PAD
 from omni_ray.types.modality import FEATURE_MODALITIES
-from pipelines.serving.errors import ApiError
 from pipelines.serving.prompt import Prompt
 from pipelines.serving.realtime.speaking import FrameReader, TextReader
-from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError, Stages
+from pipelines.serving.resume import Voice, answer_alone, encode
+from pipelines.serving.stages import AnswerOptions, Rows, Stages
 
 Logprob = tuple[int, float, tuple[tuple[int, float], ...]]
 
@@ -67,7 +67,7 @@ class ChatTurn:
         self._text, self._frames, self._stop = TextReader(tokenizer), FrameReader(), StopFilter(stops)
         self._eos = tokenizer.eos_id
         self._ended_words = False
-        self._decoded = 0
+        self._voice = Voice(session, 0)
         self.finished = False
         self.text_rows = 0
         self.audio_rows = 0
@@ -92,7 +92,7 @@ class ChatTurn:
             logprobs=self._alternatives,
         )
         try:
-            async with aclosing(self._stages.answer(self._session, 0, rows, options)) as parts:  # type: ignore[type-var]
+            async with aclosing(answer_alone(self._stages, self._session, rows, options)) as parts:  # type: ignore[type-var]
                 async for part in parts:
                     piece = Piece()
                     codes: list[NDArray[np.int64]] = []
@@ -111,8 +111,6 @@ class ChatTurn:
             if speaks and not self.finished:
                 last.wave_S = await self._say([], True)
             yield last
-        except SessionLostError:
-            raise ApiError(503, "a stage failed on this request; try again", code="stage_failed") from None
         finally:
             self._stages.forget(self._session)
 
@@ -127,12 +125,9 @@ class ChatTurn:
             codes.append(frame)
 
     async def _say(self, codes: list[NDArray[np.int64]], final: bool) -> NDArray[np.float32]:
-        if not codes and not (final and self._decoded):
+        if not codes and not (final and self._voice.begun):
             return np.zeros(0, np.float32)
-        codes_N4 = np.stack(codes) if codes else np.zeros((0, 4), np.int64)
-        first, self._decoded = self._decoded, self._decoded + len(codes)
-        wave_S: NDArray[np.float32] = await self._stages.say(self._session, 0, first, codes_N4, final)
-        return wave_S
+        return await self._voice.say(codes, final, self._stages)
 
 
 async def _rows(stages: Stages, prompt: Prompt) -> Rows:
@@ -141,7 +136,7 @@ async def _rows(stages: Stages, prompt: Prompt) -> Rows:
     for modality in FEATURE_MODALITIES:
         media = prompt.media[modality]
         if media:
-            values = await stages.encode(modality, list(media))
+            values = await encode(stages, modality, list(media))
             features += list(zip(prompt.rows.offsets[modality], values, strict=True))
     return Rows(ids_T5=prompt.rows.ids_T5, features=tuple(features))
 

@@ -21,6 +21,7 @@ from omni_ray.config.serving import ServingConfig
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.vad import voice_activity
 from pipelines.serving.answers import Answer, Spoken, Transcripts, completion
+from pipelines.serving.census import process_census
 from pipelines.serving.chat_stream import chunks, logprobs_of
 from pipelines.serving.chat_turn import ChatTurn, Logprob
 from pipelines.serving.conversation import read_conversation
@@ -108,6 +109,11 @@ class Gateway:
         """Which stages answer."""
         return dict(await self.stages.ready())
 
+    async def census(self) -> dict[str, int]:
+        """What this process holds; all of it is given back when its clients have gone."""
+        held = {"sessions": len(self.sessions), "in_flight": sum(self._in_flight.values())}
+        return {**held, **process_census()}
+
     @contextlib.contextmanager
     def admitted(self, request: Any) -> Iterator[None]:
         """Count a request in and out; the one too many is refused at once instead of waiting unseen."""
@@ -167,7 +173,8 @@ class ServeGateway(Gateway):
         language: DeploymentHandle,
         speech: DeploymentHandle,
     ) -> None:
-        stages = ServeStages(vision=vision, audio=audio, language=language, speech=speech)
+        patience_s = read_recipe(Path(checkpoint)).serving.limits.stage_s
+        stages = ServeStages(patience_s, vision=vision, audio=audio, language=language, speech=speech)
         super().__init__(checkpoint, api_key_file, stages)
 
     def __serve_build_asgi_app__(self) -> Asgi:

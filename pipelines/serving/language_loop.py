@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from omni_ray.observability.events import emit
+from omni_ray.types.errors import ResourceError
 from pipelines.serving.session_engine import SessionEngine
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
 
@@ -113,6 +114,16 @@ class LanguageLoop:
             self.engine.forget(session)
 
         self._calls.put((call, Future()))
+
+    def sweep(self, unused_s: float) -> None:
+        """Free sessions that nobody has used for so long.
+
+        Raises:
+            ResourceError: the thread has ended.
+        """
+        if not self._thread.is_alive():
+            raise ResourceError("the thread of the language engine has ended; the replica is started again")
+        self._calls.put((lambda: self.engine.sweep(unused_s), Future()))
 
     async def stop(self) -> None:
         """End the thread."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.config.serving import ServePool
 from omni_ray.data.tokenizer import Tokenizer
+from pipelines.serving.census import process_census
 from pipelines.serving.language_loop import LanguageLoop
 from pipelines.serving.rooms import AudioRoom, SpeechRoom
 from pipelines.serving.session_engine import SessionEngine
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
 
 QUEUED_PER_REPLICA = 64
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 1.0, 15.0
+"""A replica that died is noticed, and started again, within the period; one that hangs after some timeouts."""
 STICKY = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 """Sends a session's name to one replica, and moves few names when replicas come or go."""
 
@@ -37,6 +40,8 @@ def options(pool: ServePool) -> dict[str, Any]:
         "ray_actor_options": actor_options(pool.resources),
         "max_ongoing_requests": QUEUED_PER_REPLICA,
         "graceful_shutdown_timeout_s": 5,
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
     }
     if pool.max_replicas > pool.replicas:
         chosen["autoscaling_config"] = {
@@ -77,14 +82,32 @@ class WorkerReplica:
         self.worker = make_worker(recipe, Rank(pool=self.pool))
         self.worker.build(folder / "model" / self.worker.network_name)
         self._one_at_a_time = asyncio.Lock()
+        self.unused_s = recipe.serving.limits.unused_s
 
     async def ready(self) -> str:
         """Answer; a replica is started only when its network is loaded."""
         return self.pool
 
+    async def census(self) -> dict[str, int]:
+        """What this replica holds, for sessions and as a process."""
+        return {**self.holds(), **process_census()}
+
+    def holds(self) -> dict[str, int]:
+        """Sessions and pages."""
+        return {"sessions": 0, "pages": 0}
+
     async def _run(self, method: str, *arguments: Any) -> Any:
+        return await self._alone(self._call, method, *arguments)
+
+    async def _alone(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """In a thread, one call at a time; one whose caller has gone is waited for: it must not write after its end."""
         async with self._one_at_a_time:
-            return await asyncio.to_thread(self._call, method, *arguments)
+            work = asyncio.create_task(asyncio.to_thread(call, *arguments))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                await asyncio.wait({work})
+                raise
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return pack(getattr(self.worker, method)(*unpack(list(arguments))))
@@ -117,8 +140,8 @@ class AudioReplica(WorkerReplica):
         self, session: str, turn: int, packet: int, wave_S: NDArray[np.float32], final: bool
     ) -> NDArray[np.float32]:
         """See :meth:`pipelines.serving.rooms.AudioRoom.hear`."""
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self._room.hear, session, turn, packet, wave_S, final)
+        rows_ND: NDArray[np.float32] = await self._alone(self._room.hear, session, turn, packet, wave_S, final)
+        return rows_ND
 
     async def forget(self, session: str) -> None:
         """Free a session, after what runs for it."""
@@ -128,6 +151,14 @@ class AudioReplica(WorkerReplica):
     async def held(self) -> int:
         """Sessions held."""
         return len(self._room)
+
+    def holds(self) -> dict[str, int]:
+        """Sessions; a stream has no pages."""
+        return {"sessions": len(self._room), "pages": 0}
+
+    def check_health(self) -> None:
+        """Ray Serve asks every second; streams that nobody has used for long belong to a gateway that is gone."""
+        self._room.sweep(self.unused_s)
 
 
 class SpeechReplica(WorkerReplica):
@@ -143,8 +174,8 @@ class SpeechReplica(WorkerReplica):
         self, session: str, answer: int, first: int, codes_N4: NDArray[np.int64], final: bool
     ) -> NDArray[np.float32]:
         """See :meth:`pipelines.serving.rooms.SpeechRoom.say`."""
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self._room.say, session, answer, first, codes_N4, final)
+        wave: NDArray[np.float32] = await self._alone(self._room.say, session, answer, first, codes_N4, final)
+        return wave
 
     async def forget(self, session: str) -> None:
         """Free a session, after what runs for it."""
@@ -154,6 +185,14 @@ class SpeechReplica(WorkerReplica):
     async def held(self) -> int:
         """Sessions held."""
         return len(self._room)
+
+    def holds(self) -> dict[str, int]:
+        """Sessions; a stream has no pages."""
+        return {"sessions": len(self._room), "pages": 0}
+
+    def check_health(self) -> None:
+        """Ray Serve asks every second; streams that nobody has used for long belong to a gateway that is gone."""
+        self._room.sweep(self.unused_s)
 
 
 class LanguageReplica(WorkerReplica):
@@ -165,6 +204,19 @@ class LanguageReplica(WorkerReplica):
         super().__init__(checkpoint)
         self.worker.build_engine(Tokenizer.load(Path(checkpoint) / "tokenizer.json"))
         self._loop = LanguageLoop(SessionEngine(self.worker.engine))
+
+    def holds(self) -> dict[str, int]:
+        """Sessions and the pages of their caches."""
+        engine = self._loop.engine
+        return {"sessions": len(engine), "pages": engine.engine.cache.pages_held}
+
+    def check_health(self) -> None:
+        """Ray Serve asks every second; sessions that nobody has used for long belong to a gateway that is gone.
+
+        Raises:
+            ResourceError: the thread that owns the engine has ended; the replica is started again.
+        """
+        self._loop.sweep(self.unused_s)
 
     async def extend(self, session: str, at: int, rows: Rows) -> None:
         """See :meth:`pipelines.serving.stages.Stages.extend`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +19,51 @@ from pipelines.serving.stages import SessionLostError
 MOST_SESSIONS = 4096
 """Streams kept; the one that was longest without use is forgotten, and built again where it is asked for."""
 
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """A value a session, in the order of use; its threads are the one that works and the one that sweeps."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[str, tuple[float, T]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, session: str) -> T | None:
+        """What a session has."""
+        found = self._held.get(session)
+        return None if found is None else found[1]
+
+    def put(self, session: str, value: T) -> None:
+        """Keep; the one that was longest without use makes room."""
+        with self._lock:
+            self._held[session] = time.monotonic(), value
+            self._held.move_to_end(session)
+            while len(self._held) > MOST_SESSIONS:
+                self._held.popitem(last=False)
+
+    def pop(self, session: str) -> None:
+        """Forget."""
+        with self._lock:
+            self._held.pop(session, None)
+
+    def sweep(self, unused_s: float) -> None:
+        """Forget what nobody has put for so long."""
+        before = time.monotonic() - unused_s
+        with self._lock:
+            for session in [name for name, (used, _) in self._held.items() if used < before]:
+                del self._held[session]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
 
 class AudioRoom:
     """Running sounds: the state after the last whole packet of each session's turn."""
 
     def __init__(self, encoder: AudioEncoder) -> None:
         self.encoder = encoder
-        self._states: OrderedDict[str, tuple[int, int, AudioState]] = OrderedDict()
+        self._states: Kept[tuple[int, int, AudioState]] = Kept()
 
     @torch.no_grad()
     def hear(
@@ -37,22 +77,24 @@ class AudioRoom:
         if packet == 0:
             state = self.encoder.initial_state()
         else:
-            have_turn, have_packet, state = self._states.get(session, (-1, -1, None))  # type: ignore[assignment]
-            if (have_turn, have_packet) != (turn, packet):
+            kept = self._states.get(session)
+            if kept is None or kept[:2] != (turn, packet):
                 raise SessionLostError(f"packet {packet} of turn {turn} follows nothing that this replica heard")
+            state = kept[2]
         rows_BND, after = self.encoder(torch.from_numpy(np.array(wave_S, np.float32))[None], state)
         if final:
             return torch.cat([rows_BND, self.encoder.flush(after)], dim=1)[0].numpy()
-        self._states[session] = turn, packet + 1, after
-        self._states.move_to_end(session)
-        while len(self._states) > MOST_SESSIONS:
-            self._states.popitem(last=False)
+        self._states.put(session, (turn, packet + 1, after))
         rows: NDArray[np.float32] = rows_BND[0].numpy()
         return rows
 
     def forget(self, session: str) -> None:
         """Free a session's stream."""
-        self._states.pop(session, None)
+        self._states.pop(session)
+
+    def sweep(self, unused_s: float) -> None:
+        """Forget streams that went on no more for so long."""
+        self._states.sweep(unused_s)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -63,7 +105,7 @@ class SpeechRoom:
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        self._streams: OrderedDict[str, tuple[int, int, CodecStream]] = OrderedDict()
+        self._streams: Kept[tuple[int, int, CodecStream]] = Kept()
 
     def say(
         self, session: str, answer: int, first: int, codes_N4: NDArray[np.int64], final: bool
@@ -76,25 +118,26 @@ class SpeechRoom:
         if first == 0:
             stream = self.codec.stream()
         else:
-            have_answer, have_first, found = self._streams.get(session, (-1, -1, None))
-            if found is None or (have_answer, have_first) != (answer, first):
+            kept = self._streams.get(session)
+            if kept is None or kept[:2] != (answer, first):
                 raise SessionLostError(f"frame {first} of answer {answer} follows nothing that this replica decoded")
-            stream = found
+            stream = kept[2]
         pieces: list[Any] = [stream.push(torch.from_numpy(np.array(codes_N4)))] if len(codes_N4) else []
         if final:
             pieces.append(stream.flush())
-            self._streams.pop(session, None)
+            self._streams.pop(session)
         else:
-            self._streams[session] = answer, first + len(codes_N4), stream
-            self._streams.move_to_end(session)
-            while len(self._streams) > MOST_SESSIONS:
-                self._streams.popitem(last=False)
+            self._streams.put(session, (answer, first + len(codes_N4), stream))
         wave: NDArray[np.float32] = torch.cat(pieces).numpy() if pieces else np.zeros(0, np.float32)
         return wave
 
     def forget(self, session: str) -> None:
         """Free a session's stream."""
-        self._streams.pop(session, None)
+        self._streams.pop(session)
+
+    def sweep(self, unused_s: float) -> None:
+        """Forget streams that went on no more for so long."""
+        self._streams.sweep(unused_s)
 
     def __len__(self) -> int:
         return len(self._streams)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from omni_ray.observability.events import emit
@@ -18,6 +18,7 @@ from pipelines.serving.errors import ApiError, busy
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows, SessionLostError
 
 READY_TIMEOUT_S = 5.0
+FREE_TIMEOUT_S = 30.0
 
 
 class ServeStages:
@@ -27,47 +28,43 @@ class ServeStages:
     A replica that does not know the session says so, and the gateway builds it there again.
     """
 
-    def __init__(self, **stages: DeploymentHandle) -> None:
-        self._stages = stages
+    def __init__(self, patience_s: float = 4.0, **stages: DeploymentHandle) -> None:
+        """``patience_s``: longest time without a sign of life from a stage; then what was asked of it has failed."""
+        self._stages, self._patience_s = stages, patience_s
         self._sticky: dict[str, dict[tuple[str, str], Any]] = {}
         self._freeing: set[asyncio.Task[None]] = set()
 
     async def encode(self, modality: Modality, media: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """See the protocol."""
-        found: list[NDArray[np.float32]] = await _stage(modality, self._stages[modality].features.remote(list(media)))
+        response = self._stages[modality].features.remote(list(media))
+        found: list[NDArray[np.float32]] = await self._watched(modality, response)
         return found
 
     async def hear(self, session: str, turn: int, packet: int, wave_S: NDArray[np.float32], final: bool) -> Any:
         """See the protocol."""
-        return await _stage(
-            "audio", self._handle("audio", "hear", session).remote(session, turn, packet, wave_S, final)
-        )
+        response = self._handle("audio", "hear", session).remote(session, turn, packet, wave_S, final)
+        return await self._watched("audio", response, session)
 
     async def extend(self, session: str, at: int, rows: Rows) -> None:
         """See the protocol."""
-        await _stage("language", self._handle("language", "extend", session).remote(session, at, rows))
+        await self._watched("language", self._handle("language", "extend", session).remote(session, at, rows), session)
 
     async def answer(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
         """See the protocol."""
         stream = self._handle("language", "answer", session).remote(session, at, rows, options)
         ended = False
         try:
-            async for part in stream:
+            while (part := await self._watched("language", _next(stream), session)) is not None:
                 yield part
             ended = True
-        except BackPressureError:
-            raise busy("the language stage is full") from None
-        except (RayError, RayServeException) as error:
-            raise _failure("language", error) from None
         finally:
             if not ended:
                 stream.cancel()
 
     async def say(self, session: str, answer: int, first: int, codes_N4: NDArray[np.int64], final: bool) -> Any:
         """See the protocol."""
-        return await _stage(
-            "speech", self._handle("speech", "say", session).remote(session, answer, first, codes_N4, final)
-        )
+        response = self._handle("speech", "say", session).remote(session, answer, first, codes_N4, final)
+        return await self._watched("speech", response, session)
 
     def forget(self, session: str) -> None:
         """See the protocol."""
@@ -80,7 +77,7 @@ class ServeStages:
 
     async def ready(self) -> Mapping[str, bool]:
         """Which stages answer within :data:`READY_TIMEOUT_S`."""
-        answers = await asyncio.gather(*(self._answers(handle) for handle in self._stages.values()))
+        answers = await asyncio.gather(*(self._answers(name, "", READY_TIMEOUT_S) for name in self._stages))
         return dict(zip(self._stages, answers, strict=True))
 
     def _handle(self, stage: str, method: str, session: str) -> Any:
@@ -92,42 +89,77 @@ class ServeStages:
         return mine[stage, method]
 
     async def _free(self, stage: str, session: str) -> None:
+        """Every replica is told: when replicas come or go, a name moves, and the former holder still holds it."""
         try:
-            await self._stages[stage].options(method_name="forget", session_id=session).remote(session)
-        except (RayError, RayServeException) as error:
+            told = self._stages[stage].broadcast("forget", session)
+            await told.results_async(timeout_s=FREE_TIMEOUT_S, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError) as error:
             emit("session_not_freed", stage=stage, error=type(error).__name__)
 
-    async def _answers(self, handle: DeploymentHandle) -> bool:
+    async def _watched(self, name: str, response: Any, session: str = "") -> Any:
+        """Wait for a stage, however long it works, as long as the replica that has the session answers in between.
+
+        Raises:
+            SessionLostError: the replica is gone.  ApiError: 429, the stage is full; 503, it failed or is silent.
+        """
+        work = asyncio.ensure_future(_awaited(response))
         try:
-            await asyncio.wait_for(_awaited(handle.ready.remote()), READY_TIMEOUT_S)
+            while not (await asyncio.wait({work}, timeout=self._patience_s / 2))[0]:
+                probe = asyncio.create_task(self._answers(name, session, self._patience_s / 2))
+                try:
+                    await asyncio.wait({work, probe}, return_when=asyncio.FIRST_COMPLETED)
+                    if not work.done() and not probe.result():
+                        emit("stage_silent", stage=name)
+                        raise unavailable(name)
+                finally:
+                    probe.cancel()
+            return await work
+        except BackPressureError:
+            raise busy(f"the {name} stage is full") from None
+        except (RayError, RayServeException) as error:
+            raise _failure(name, error) from None
+        finally:
+            if not work.done():
+                work.cancel()
+
+    async def _answers(self, name: str, session: str, timeout_s: float) -> bool:
+        """Whether the replica that has this session answers in time."""
+        chosen = {"session_id": session} if session else {}
+        try:
+            response = self._stages[name].options(method_name="ready", **chosen).remote()  # type: ignore[arg-type]
+            await asyncio.wait_for(_awaited(response), timeout_s)
         except (TimeoutError, RayError, RayServeException):
             return False
         return True
 
 
-async def _stage(name: str, response: Any) -> Any:
-    """Wait for a stage; its failure is one sentence for the client and one event without anyone's words for the log."""
-    try:
-        return await response
-    except BackPressureError:
-        raise busy(f"the {name} stage is full") from None
-    except (RayError, RayServeException) as error:
-        raise _failure(name, error) from None
-
-
 def _failure(name: str, error: BaseException) -> Exception:
+    """A stage's failure: one sentence for the client, and one event without anyone's words for the log."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, SessionLostError | ApiError):
         return cause
     emit("stage_failed", stage=name, error=type(error).__name__)
-    if type(error).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
+    if isinstance(error, _REPLICA_GONE):
         return SessionLostError(f"the {name} replica is gone")
+    return unavailable(name)
+
+
+_REPLICA_GONE = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, ReplicaUnavailableError)
+
+
+def unavailable(name: str) -> ApiError:
+    """What a client is told of a stage that failed or is silent."""
     return ApiError(
         503,
         f"the {name} stage failed on this request; try again, and look at the server's log if it stays",
         code="stage_failed",
         headers={"retry-after": "1"},
     )
+
+
+async def _next(stream: AsyncIterator[Any]) -> Any:
+    """The next part, or None after the last."""
+    return await anext(stream, None)
 
 
 async def _awaited(response: Awaitable[Any]) -> Any:

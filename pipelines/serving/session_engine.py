@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ class SessionEngine:
         self.engine, self.config = engine, engine.config
         self._sessions: dict[str, int] = {}
         self._running: dict[str, AnswerOptions] = {}
+        self._used: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -86,12 +88,16 @@ class SessionEngine:
             raise SessionLostError(f"session has {have} rows here, not {at}")
         if session not in self._sessions:
             self._sessions[session] = self.engine.open()
+        self._used[session] = time.monotonic()
         self._running.pop(session, None)
         self.engine.crop(self._sessions[session], at)
         return self._sessions[session]
 
     def start(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> None:
         """:meth:`extend`, then begin to answer; :meth:`step` makes the rows."""
+        made_R5 = options.made_R5
+        if made_R5 is not None:
+            rows = Rows.joined([rows, Rows(ids_T5=made_R5)])
         self.extend(session, at, rows)
         room = self.config.max_position_embeddings - self.length(session)
         if room < 1 or self.length(session) == 0:
@@ -107,6 +113,7 @@ class SessionEngine:
                 max_tokens=min(options.max_tokens, room),
                 temperature=options.temperature,
                 seed=options.seed,
+                made_R5=None if made_R5 is None else torch.from_numpy(np.array(made_R5)),
             ),
         )
         self._running[session] = options
@@ -133,6 +140,13 @@ class SessionEngine:
     def forget(self, session: str) -> None:
         """Free a session."""
         self._running.pop(session, None)
+        self._used.pop(session, None)
         number = self._sessions.pop(session, None)
         if number is not None:
             self.engine.close(number)
+
+    def sweep(self, unused_s: float) -> None:
+        """Free sessions that nobody has asked anything of for so long; an answer in progress is use."""
+        before = time.monotonic() - unused_s
+        for session in [name for name, used in self._used.items() if used < before and name not in self._running]:
+            self.forget(session)

@@ -73,6 +73,8 @@ class AnswerOptions:
     """Of the draws."""
     logprobs: int = -1
     """Alternatives to report beside each text id; -1: no log-probabilities."""
+    made_R5: NDArray[np.int64] | None = None
+    """Rows of this answer that another replica made; it goes on after them.  ``max_tokens`` counts those to come."""
     burst_rows: int = 1 << 30
     """Rows that may be made at once; further ones come at the rate at which sound is heard."""
 

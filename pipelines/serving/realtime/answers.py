@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from omni_ray.observability.events import emit as log
 from pipelines.serving.errors import ApiError
 from pipelines.serving.realtime.context import Block
 from pipelines.serving.realtime.dialogue import Dialogue
@@ -16,6 +17,7 @@ from pipelines.serving.realtime.items import Item
 from pipelines.serving.realtime.outbox import Outbox
 from pipelines.serving.realtime.settings import Settings, format_of
 from pipelines.serving.realtime.speaking import FRAMES_A_SECOND, Response
+from pipelines.serving.resume import answer_alone
 from pipelines.serving.stages import AnswerOptions, Rows
 
 BURST_S = 2.0
@@ -69,6 +71,10 @@ class Answers:
         async def work() -> None:
             answering = self.dialogue.template.answering(response.voice)
             most = self._most(given or {})
+            failure = next((i.failure for i in self._asked(unseen) if i.failure is not None), None)
+            if failure is not None:  # what the user said never came to be rows: it cannot be answered
+                self._end_failed(response, failure)
+                return
             ended = unseen is None or unseen.id in self.dialogue.conversation
             tail = [] if ended or unseen is None else unseen.blocks
             wanted = self.dialogue.history(most, [*tail, answering], instructions=(given or {}).get("instructions"))
@@ -103,12 +109,12 @@ class Answers:
             try:
                 response.prompt_rows = _counts(wanted)
                 stages = self.dialogue.stages
-                async with aclosing(stages.answer(name, 0, rows, self._options(response, most))) as parts:  # type: ignore[type-var]
+                async with aclosing(answer_alone(stages, name, rows, self._options(response, most))) as parts:  # type: ignore[type-var]
                     async for part in parts:
                         await response.take(part, stages)
                 await response.finish_sound(stages)
                 self._finish(response)
-            except ApiError as error:
+            except Exception as error:  # whatever it was, the client must hear of it
                 response.finish("failed", error=_error(error))
             finally:
                 self._apart.pop(response.id, None)
@@ -165,7 +171,7 @@ class Answers:
                     await response.take(part, dialogue.stages)
             await response.finish_sound(dialogue.stages)
             self._finish(response)
-        except ApiError as error:
+        except Exception as error:  # whatever it was, the client must hear of it
             response.finish("failed", error=_error(error))
         finally:
             self._tasks.pop(response.id, None)
@@ -179,6 +185,21 @@ class Answers:
                     self._spoken_later(response)
             elif response.item.id in dialogue.conversation:
                 self._settle(response, made)
+
+    def _asked(self, unseen: Item | None) -> list[Item]:
+        """What the user has said since the last answer."""
+        said: list[Item] = [] if unseen is None else [unseen]
+        for item in reversed(self.dialogue.conversation.items):
+            if item.role == "assistant" and item.spoken is not None:
+                break
+            said.append(item)
+        return said
+
+    def _end_failed(self, response: Response, error: ApiError) -> None:
+        self._tasks.pop(response.id, None)
+        response.finish("failed", error=_error(error))
+        if response is self.active and response.released:
+            self._spoken_later(response)
 
     def _finish(self, response: Response) -> None:
         if response.done.finished:
@@ -288,5 +309,9 @@ def _counts(blocks: Sequence[Block]) -> dict[str, int]:
     return {"text": total - image - audio, "image": image, "audio": audio}
 
 
-def _error(error: ApiError) -> dict[str, Any]:
-    return {"type": "server_error", "code": error.code, "message": str(error)}
+def _error(error: Exception) -> dict[str, Any]:
+    """What a client is told; the words of an error that is not meant for it may hold another's."""
+    if isinstance(error, ApiError):
+        return {"type": "server_error", "code": error.code, "message": str(error)}
+    log("response_failed", error=type(error).__name__)
+    return {"type": "server_error", "code": "internal_error", "message": "the server failed on this response"}

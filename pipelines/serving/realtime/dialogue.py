@@ -12,14 +12,11 @@ from numpy.typing import NDArray
 
 from omni_ray.observability.events import emit
 from omni_ray.types.modality import Modality
-from pipelines.serving.errors import ApiError
 from pipelines.serving.realtime.context import Block, CacheView, Template
 from pipelines.serving.realtime.hearing import PACKET, LiveTurn, SoundLog
 from pipelines.serving.realtime.items import Conversation, Item
+from pipelines.serving.resume import TRIES, Progress, encode, gone, lost
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows, SessionLostError, Stages
-
-TRIES = 3
-"""Times that a lost cache is built again for one operation."""
 
 
 class Dialogue:
@@ -32,6 +29,8 @@ class Dialogue:
         self.view = CacheView()
         self.recovered = 0
         """Times that a stage had lost the session."""
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        """Told of work that failed and that nobody waits for."""
         self._turnstile = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -97,30 +96,34 @@ class Dialogue:
                 continue
             self.view.now_holds(wanted)
             return
-        raise _gone("language")
+        raise gone("language")
 
     async def generate(self, wanted: Sequence[Block], options: AnswerOptions) -> AsyncIterator[AnswerRows]:
         """Rows after these blocks; the last block is always new to the cache.
 
+        A replica that is lost in the middle is replaced by another, which reads what was said and goes on.
+
         Raises:
-            ApiError: the language stage failed, before the first row :data:`TRIES` times.
+            ApiError: the language stage failed :data:`TRIES` times without a row in between.
         """
-        for _ in range(TRIES):
+        progress, failed = Progress(options), 0
+        while failed < TRIES:
             at, rows = self.view.difference(wanted)
-            begun = False
             try:
-                async with aclosing(self.stages.answer(self.session, at, rows, options)) as parts:  # type: ignore[type-var]
+                left = progress.left()
+                async with aclosing(self.stages.answer(self.session, at, rows, left)) as parts:  # type: ignore[type-var]
                     async for part in parts:
-                        if not begun:
-                            begun = True
-                            self.view.now_holds(wanted)
+                        failed = 0
+                        self.view.now_holds(wanted)
+                        progress.note(part)
                         yield part
                 return
             except SessionLostError:
-                if begun:
-                    raise _gone("language") from None
                 self._lost()
-        raise _gone("language")
+                if progress.ended:
+                    return
+                failed += 1
+        raise gone("language")
 
     async def hear(self, turn: LiveTurn, packet: int, wave_S: NDArray[np.float32], final: bool, log: SoundLog) -> Any:
         """Rows of a packet; packets before it are given again where the audio stage lost them.
@@ -132,7 +135,7 @@ class Dialogue:
             try:
                 return await self.stages.hear(self.session, turn.number, packet, wave_S, final)
             except SessionLostError:
-                self._lost(language=False)
+                self._lost("audio")
             try:
                 for number in range(packet):
                     start = turn.start + number * PACKET
@@ -140,11 +143,11 @@ class Dialogue:
                     await self.stages.hear(self.session, turn.number, number, again_S, False)
             except SessionLostError:
                 continue
-        raise _gone("audio")
+        raise gone("audio")
 
     async def see(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Rows of a picture or pair."""
-        return (await self.stages.encode(Modality.VISION, [frames]))[0]
+        return (await encode(self.stages, Modality.VISION, [frames]))[0]
 
     async def close(self) -> None:
         """End everything and free the stages."""
@@ -154,17 +157,14 @@ class Dialogue:
             await asyncio.wait(list(self._running), timeout=5)
         self.stages.forget(self.session)
 
-    def _lost(self, language: bool = True) -> None:
+    def _lost(self, stage: str = "language") -> None:
         self.recovered += 1
-        if language:
+        if stage == "language":
             self.view.lost()
-        emit("session_rebuilt", stage="language" if language else "audio")
+        lost(stage)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled() and task.exception() is not None:
             emit("session_task_failed", error=type(task.exception()).__name__)
-
-
-def _gone(stage: str) -> ApiError:
-    return ApiError(503, f"the {stage} stage failed; try again", code="stage_failed")
+            self.on_failure(task.exception())  # type: ignore[arg-type]

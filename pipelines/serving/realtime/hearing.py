@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from omni_ray.config.serving import TurnConfig
 from omni_ray.inference.turn import SAMPLE_RATE_HZ, Event, Heard, Order, Phase, Signal, TurnState, advance
 from omni_ray.inference.vad import VadState, VoiceActivity
+from pipelines.serving.errors import ApiError
 from pipelines.serving.realtime.context import Block, Template, TurnRows
 from pipelines.serving.realtime.items import new_id
 from pipelines.serving.sound import Format, SoundReader
@@ -61,6 +62,8 @@ class LiveTurn:
         self.blocks: list[Block] = [template.opening("user")]
         self.heard_packets = 0
         """Packets whose rows stand in ``blocks``."""
+        self.failure: ApiError | None = None
+        """A stage failed on one of its pictures."""
 
 
 class Ear:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from omni_ray.inference.turn import rows_heard
 from omni_ray.types.errors import RequestError
+from pipelines.serving.errors import ApiError
 from pipelines.serving.realtime.context import Block
 
 FRAME_MS = 60
@@ -39,6 +40,8 @@ class Item:
     """Rows of the whole message, from its role to its newline."""
     spoken: Spoken | None = None
     """How an answer's rows, words and sound lie over each other; None for what is not an answer."""
+    failure: ApiError | None = None
+    """Why it has no rows, where a stage failed on it."""
 
     def wire(self) -> dict[str, Any]:
         """The item as clients read it."""

@@ -19,6 +19,7 @@ from pipelines.serving.realtime.client_events import EventError
 from pipelines.serving.realtime.context import Block
 from pipelines.serving.realtime.dialogue import Dialogue
 from pipelines.serving.realtime.items import Conversation, Item, new_id
+from pipelines.serving.resume import encode
 from pipelines.serving.sound import Format, SoundReader
 
 MOST_ID = 64
@@ -117,7 +118,7 @@ class MessageReader:
             wave_S = self._wave(_text(part, "audio", where), where, form)
 
             async def sound() -> Block:
-                values_ND = (await self._dialogue.stages.encode(Modality.AUDIO, [wave_S]))[0]
+                values_ND = (await encode(self._dialogue.stages, Modality.AUDIO, [wave_S]))[0]
                 tokenizer = template.tokenizer
                 begin, end = [tokenizer.audio_begin_id], [tokenizer.audio_end_id]
                 return template.media(tokenizer.audio_pad_id, values_ND, before=begin, after=end)

@@ -64,10 +64,15 @@ class Session:
         self.answers = Answers(self.dialogue, self.settings, self.outbox, self.tell, self._spoken, seed, most)
         self.turns = Turns(self.dialogue, self.answers, self.settings, activity, self.tell)
         self.turns.on_commit = self._committed
+        self.dialogue.on_failure = self._failed
         self.reader = MessageReader(self.dialogue, serving.limits)
         self.errors = 0
         self.last_event = time.monotonic()
-        self._handlers: dict[str, Callable[[ClientEvent], Any]] = {
+        self._handlers = self._table()
+
+    def _table(self) -> dict[str, Callable[[ClientEvent], Any]]:
+        """What follows each event."""
+        return {
             "session.update": self._update,
             "input_audio_buffer.append": self._append,
             "input_audio_buffer.commit": lambda event: self.turns.commit(),
@@ -172,10 +177,20 @@ class Session:
         for kind in ("conversation.item.added", "conversation.item.done"):
             self.tell({"type": kind, "previous_item_id": previous, "item": item.wire()})
 
+    def _failed(self, error: BaseException) -> None:
+        """Work failed that no response stands for: never in silence."""
+        told = isinstance(error, ApiError)
+        words = str(error) if told else "the server failed on what was sent last"
+        code = getattr(error, "code", None) if told else "internal_error"
+        body = {"type": "server_error", "code": code, "message": words, "param": None, "event_id": None}
+        self.tell({"type": "error", "error": body})
+
     async def _build(self, item: Item, build: Callable[[], Awaitable[None]], event_id: str | None) -> None:
         try:
             await build()
         except (ApiError, EventError) as error:
+            if isinstance(error, ApiError) and error.status >= 500:
+                item.failure = error
             self._refuse(str(error), event_id, "item", getattr(error, "code", None))
 
     def _retrieve(self, event: ClientEvent) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.batch import AUDIO_EOS, AUDIO_PAD, AUDIO_RESERVED, NUM_CODEBOOKS
 from pipelines.serving.realtime.items import FRAME_MS, Item, Spoken, new_id
+from pipelines.serving.resume import Voice
 from pipelines.serving.sound import Format, SoundWriter
 from pipelines.serving.stages import AnswerRows, Stages
 
@@ -118,7 +119,7 @@ class Response:
         """``facts``: fields of the response object that stay as they are: conversation_id, metadata, audio, ..."""
         self.id, self.item = new_id("resp"), Item(id=new_id("item"), role="assistant", status="in_progress")
         self.voice, self.form, self.facts = voice, form, dict(facts)
-        self._session, self._number = session, number
+        self._voice = Voice(session, number)
         self._emit_now, self._room = emit, room
         self._held: list[Mapping[str, Any]] | None = []
         self._text, self._frames, self._writer = TextReader(tokenizer), FrameReader(), SoundWriter(form)
@@ -128,7 +129,6 @@ class Response:
         self.details: dict[str, Any] | None = None
         self.prompt_rows: dict[str, int] = {}
         self.cached_rows = 0
-        self._decoded = 0
         self.previous_item_id: str | None = None
 
     @property
@@ -164,12 +164,12 @@ class Response:
             if frame is not None:
                 codes.append(frame)
         self.done.finished = self.done.finished or part.ended
-        if self.voice and (codes or (part.ended and self._decoded)):
+        if self.voice and (codes or (part.ended and self._voice.begun)):
             await self._sound(codes, part.ended, stages)
 
     async def finish_sound(self, stages: Stages) -> None:
         """The answer was cut at its longest: what the decoder still holds."""
-        if self.voice and not self.done.finished and self._decoded:
+        if self.voice and not self.done.finished and self._voice.begun:
             await self._sound([], True, stages)
 
     def finish(self, status: str, reason: str | None = None, error: Mapping[str, Any] | None = None) -> None:
@@ -230,9 +230,7 @@ class Response:
         }
 
     async def _sound(self, codes: list[NDArray[np.int64]], final: bool, stages: Stages) -> None:
-        codes_N4 = np.stack(codes) if codes else np.zeros((0, NUM_CODEBOOKS), np.int64)
-        wave_S = await stages.say(self._session, self._number, self._decoded, codes_N4, final)
-        self._decoded += len(codes_N4)
+        wave_S = await self._voice.say(codes, final, stages)
         raw = self._writer.push(wave_S) + (self._writer.flush() if final else b"")
         if raw and not self.timing.first_sound:
             self.timing.first_sound = time.monotonic()

@@ -16,7 +16,8 @@ from pipelines.serving.realtime.context import Block, Template
 from pipelines.serving.realtime.dialogue import Dialogue
 from pipelines.serving.realtime.items import Item
 from pipelines.serving.realtime.speaking import TextReader
-from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError
+from pipelines.serving.resume import answer_alone
+from pipelines.serving.stages import AnswerOptions, Rows
 
 ASK = "what do you hear"
 """The words after a sound that ask for its own words."""
@@ -50,16 +51,18 @@ async def transcribe(
     ids: list[int] = []
     rows = asking(dialogue.template, heard) if heard else Rows.of_text([])
     try:
+        if item.failure is not None:
+            raise item.failure
         if heard:
             reader = TextReader(dialogue.template.tokenizer)
             options = AnswerOptions(max_tokens=MOST_ROWS)
-            async with aclosing(dialogue.stages.answer(name, 0, rows, options)) as parts:  # type: ignore[type-var]
+            async with aclosing(answer_alone(dialogue.stages, name, rows, options)) as parts:  # type: ignore[type-var]
                 async for part in parts:
                     ids += part.ids_R5[:, 0].tolist()
                     words = "".join(reader.push(int(i)) for i in part.ids_R5[:, 0])
                     if words:
                         tell({"type": f"{kind}.delta", **head, "delta": words})
-    except (ApiError, SessionLostError) as error:
+    except ApiError as error:
         body = {"type": "server_error", "code": "transcription_failed", "message": str(error), "param": None}
         tell({"type": f"{kind}.failed", **head, "error": body})
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -161,19 +162,31 @@ class Turns:
             number, start = turn.packets, turn.fed
             turn.packets, turn.fed = number + 1, start + PACKET
 
-            async def work(number: int = number, start: int = start) -> None:
-                wave_S = self.ear.log.cut(start, start + PACKET)
-                values_ND = await self.dialogue.hear(turn, number, wave_S, False, self.ear.log)
-                turn.blocks += turn.rows.hear(values_ND)
-                await self.dialogue.sync(self.dialogue.history(0, turn.blocks))
+            async def work(number: int = number) -> None:
+                with contextlib.suppress(ApiError):  # the turn's end hears and reads what is missing
+                    await self._hear_until(turn, number + 1)
+                    await self.dialogue.sync(self.dialogue.history(0, turn.blocks))
 
             self.dialogue.do(work)
+
+    async def _hear_until(self, turn: LiveTurn, packets: int) -> None:
+        """Rows of all packets before this one, those on which the stage failed before included."""
+        for number in range(turn.heard_packets, packets):
+            start = turn.start + number * PACKET
+            wave_S = self.ear.log.cut(start, start + PACKET)
+            values_ND = await self.dialogue.hear(turn, number, wave_S, False, self.ear.log)
+            turn.blocks += turn.rows.hear(values_ND)
+            turn.heard_packets = number + 1
 
     def _see(self, turn: LiveTurn, pairs: tuple[Pair[Frame], ...]) -> None:
         for pair in pairs:
 
             async def work(pair: Pair[Frame] = pair) -> None:
-                values_ND = await self.dialogue.see(np.stack(pair.frames))
+                try:
+                    values_ND = await self.dialogue.see(np.stack(pair.frames))
+                except ApiError as error:
+                    turn.failure = error
+                    return
                 block = self.dialogue.template.pair(values_ND, pair.time_ms)
                 start_ms = turn.start // _PER_MS
                 turn.rows.see(max(0, pair.time_ms - start_ms) // 1000, block)
@@ -186,6 +199,18 @@ class Turns:
         number, start = turn.packets, turn.fed
 
         async def work() -> None:
+            try:
+                await rows_of()
+            except ApiError as error:  # told by the response that was to answer it
+                item.failure = error
+            finally:
+                if self.turn is not turn:  # otherwise the user may still go on
+                    self.ear.needed.pop(turn.number, None)
+
+        async def rows_of() -> None:
+            if turn.failure is not None:
+                raise turn.failure
+            await self._hear_until(turn, number)
             rows = turn.rows.copy()
             for pair in closing:
                 values_ND = await self.dialogue.see(np.stack(pair.frames))
@@ -194,8 +219,6 @@ class Turns:
             wave_S = self.ear.log.cut(start, until)
             values_ND = await self.dialogue.hear(turn, number, wave_S, True, self.ear.log)
             item.blocks = [*turn.blocks, *rows.hear(values_ND, final=True), self.dialogue.template.closing("user")]
-            if self.turn is not turn:  # otherwise the user may still go on
-                self.ear.needed.pop(turn.number, None)
 
         return self.dialogue.do(work)
 
@@ -257,7 +280,7 @@ class Turns:
         for kind in ("conversation.item.added", "conversation.item.done"):
             self.emit({"type": kind, "previous_item_id": previous, "item": item.wire()})
         self.turn = None
-        if item.blocks:
+        if item.blocks or item.failure is not None:
             self.ear.needed.pop(turn.number, None)
         self._committed = until
         self.camera, _ = end_turn(self.camera)
@@ -270,8 +293,3 @@ class Turns:
         detection = self.settings.detection or {}
         if detection.get("interrupt_response", True):
             self.answers.cancel("turn_detected")
-
-
-def stage_error(error: ApiError) -> dict[str, Any]:
-    """An error event of a stage's failure."""
-    return {"type": "error", "error": {"type": "server_error", "code": error.code, "message": str(error)}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,3 +76,25 @@ def test_a_cut_session_goes_on_as_if_the_cut_rows_had_never_been(model: Any) -> 
         engine.extend("a", 0, Rows.of_text([5] * 5000))
     engine.forget("a")
     assert (len(engine), engine.rows) == (0, 0)
+
+
+@pytest.mark.parametrize("voice", [True, False], ids=["spoken", "written"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("kept", [1, 5, 11])
+def test_another_engine_goes_on_with_an_answer_as_if_it_had_made_it_all(
+    model: Any, voice: bool, temperature: float, kept: int
+) -> None:
+    """Beside an answer of its own, which does not feel the newcomer."""
+    whole = alone(model, 2, voice, temperature, 16)
+    engine = SessionEngine(model.engine)
+    engine.start("own", 0, prompt(model, 1), AnswerOptions(voice=True, max_tokens=16, temperature=1.0, seed=1))
+    own = [engine.step(["own"])["own"].row_5.tolist() for _ in range(3)]
+    made_R5 = np.array(whole[:kept])
+    left = AnswerOptions(voice=voice, max_tokens=16 - kept, temperature=temperature, seed=2, made_R5=made_R5)
+    engine.start("moved", 0, prompt(model, 2), left)
+    moved: list[list[int]] = []
+    while engine.running:
+        for name, made in engine.step(engine.running).items():
+            (own if name == "own" else moved).append(made.row_5.tolist())
+    assert whole[:kept] + moved == whole
+    assert own == alone(model, 1, True, 1.0, 16)
