@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +28,7 @@ from ray.serve.exceptions import RayServeException
 from actors.cluster import LOCAL_CPUS, RaySession
 from omni_ray.config.serving import ServingConfig
 from omni_ray.observability.events import emit
-from omni_ray.types.errors import ConfigError, ResourceError
+from omni_ray.types.errors import ConfigError, OmniError, ResourceError
 from pipelines.serving.gateway import GatewayReplica, gateway_options
 from pipelines.serving.guard import check_address, check_port, check_tls
 from pipelines.serving.listener import DRAIN_S, Listen, ListeningGateway, on_this_node
@@ -42,6 +43,8 @@ from pipelines.serving.replicas import (
 )
 
 APP_NAME = "omni-ray"
+LOOK_S = 0.5
+"""How often a running server looks for a signal that asks for something."""
 STAGES = {"vision": VisionReplica, "audio": AudioReplica, "language": LanguageReplica, "speech": SpeechReplica}
 
 
@@ -72,20 +75,41 @@ def app(args: AppArgs | dict[str, str]) -> Application:
     return gateway.bind(str(folder), key_file, **_stages(folder, recipe.serving))
 
 
-def _stages(folder: Path, serving: ServingConfig) -> dict[str, Application]:
+def _stages(folder: Path, serving: ServingConfig, version: str | None = None) -> dict[str, Application]:
     stages = {}
     for name, replica in STAGES.items():
         chosen = options(getattr(serving.pools, name))
         # Pictures belong to nobody's session; the other stages hold sessions.
         chosen = chosen if name == "vision" else sticky(chosen)
-        stages[name] = _deployment(replica, name, chosen).bind(str(folder))
+        stages[name] = _deployment(replica, name, chosen, version).bind(str(folder))
     return stages
 
 
-def _listening(folder: Path, key_file: str | None, serving: ServingConfig, listen: Listen) -> Application:
-    """The same application with a gateway that listens itself, on this machine."""
-    gateway = _deployment(ListeningGateway, "gateway", on_this_node(gateway_options(serving)))
-    return gateway.bind(listen, str(folder), key_file, **_stages(folder, serving))
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is deployed, and deployed again."""
+
+    folder: Path
+    key_file: str | None
+    serving: ServingConfig
+    listen: Listen
+
+    @property
+    def listens(self) -> bool:
+        """One gateway listens itself; several stand behind Ray Serve's proxy."""
+        pool = self.serving.pools.gateway
+        return max(pool.replicas, pool.max_replicas) == 1
+
+    def run(self, version: int) -> None:
+        """Deploy; with another version than before the stages are replaced, and the gateway with its clients stays."""
+        chosen, stages = gateway_options(self.serving), _stages(self.folder, self.serving, str(version))
+        if self.listens:
+            gateway = _deployment(ListeningGateway, "gateway", on_this_node(chosen), "0")
+            application = gateway.bind(self.listen, str(self.folder), self.key_file, **stages)
+        else:
+            gateway = _deployment(GatewayReplica, "gateway", chosen, "0")
+            application = gateway.bind(str(self.folder), self.key_file, **stages)
+        ray_serve.run(application, name=APP_NAME, route_prefix=None if self.listens else "/")
 
 
 def _checked(args: AppArgs | dict[str, str]) -> AppArgs:
@@ -101,9 +125,11 @@ def _checked(args: AppArgs | dict[str, str]) -> AppArgs:
         ) from None
 
 
-def _deployment(replica: type, name: str, chosen: dict[str, Any]) -> Deployment:
+def _deployment(replica: type, name: str, chosen: dict[str, Any], version: str | None = None) -> Deployment:
+    """``version``: replicas of the same one stay when the application is deployed again; None: they are replaced."""
     wrapped: Any = ray_serve.deployment(name=name, **chosen)(replica)
-    return wrapped
+    # Ray Serve has versions inside and takes them from its own tools only; without, every deploy ends the gateway.
+    return wrapped if version is None else wrapped.options(version=version, _internal=True)  # type: ignore[no-any-return]
 
 
 class Served:
@@ -111,10 +137,28 @@ class Served:
 
     def __init__(self, url: str, session: RaySession) -> None:
         self.url = url
-        self.drains = False
-        """The gateway listens itself, and lets its clients go before it ends."""
+        self.plan: _Plan | None = None
+        self._version = 0
         self._session: RaySession | None = session
         self._local = session.owns_connection and not os.environ.get("RAY_ADDRESS")
+
+    def redeploy(self) -> None:
+        """Replace every stage's replicas by new ones that read the checkpoint's folder again.
+
+        Live conversations go on: their gateway stays, new replicas are up before old ones end, and what a replica held
+        is built again on its successor.
+
+        Raises:
+            ResourceError: the server is closed.  CheckpointError: the folder is no whole checkpoint any more.
+        """
+        if self._session is None or self.plan is None:
+            raise ResourceError("the server is closed; start another")
+        read_recipe(self.plan.folder)
+        began = time.monotonic()
+        self._version += 1
+        with _quiet():
+            self.plan.run(self._version)
+        emit("redeployed", checkpoint=str(self.plan.folder), seconds=time.monotonic() - began)
 
     def close(self) -> None:
         """End the application and, where it was started here, the cluster; may be called twice."""
@@ -131,7 +175,7 @@ class Served:
             session.close()
 
     def _drain(self) -> None:
-        if not self.drains:
+        if self.plan is None or not self.plan.listens:
             return
         with contextlib.suppress(RayError, RayServeException, TimeoutError):
             ray_serve.get_deployment_handle("gateway", APP_NAME).drain.remote().result(timeout_s=3 * DRAIN_S)
@@ -182,11 +226,13 @@ def serve(
         key_file = str(api_key_file.expanduser().resolve()) if api_key_file is not None else None
         with _quiet():
             listen = Listen(host=host, port=port, tls=tls)
-            served.drains = _start(checkpoint.expanduser().resolve(), key_file, recipe.serving, listen)
+            _start_serve(plan := _Plan(checkpoint.expanduser().resolve(), key_file, recipe.serving, listen))
+            served.plan = plan
+            plan.run(0)
         _wait_until_answers(served.url)
         emit("serving", url=served.url, checkpoint=str(checkpoint), seconds=time.monotonic() - began)
         if block:
-            _wait_for_signal()
+            _wait_for_signal(served)
     except BaseException:
         served.close()
         raise
@@ -195,16 +241,12 @@ def serve(
     return served
 
 
-def _start(folder: Path, key_file: str | None, serving: ServingConfig, listen: Listen) -> bool:
-    """Bring the application up; whether its gateway listens itself."""
-    pool = serving.pools.gateway
-    if max(pool.replicas, pool.max_replicas) == 1:
+def _start_serve(plan: _Plan) -> None:
+    if plan.listens:
         ray_serve.start(proxy_location="Disabled")
-        ray_serve.run(_listening(folder, key_file, serving, listen), name=APP_NAME, route_prefix=None)
-        return True
+        return
+    listen = plan.listen
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": listen.host, "port": listen.port, **listen.tls})
-    ray_serve.run(app(AppArgs(checkpoint=str(folder), api_key_file=key_file)), name=APP_NAME, route_prefix="/")
-    return False
 
 
 def check_fits(serving: ServingConfig) -> None:
@@ -250,17 +292,28 @@ def _wait_until_answers(url: str, timeout_s: float = 30.0) -> None:
     )
 
 
-def _wait_for_signal() -> None:
-    """Sleep until SIGINT or SIGTERM."""
-    stop = threading.Event()
+def _wait_for_signal(served: Served) -> None:
+    """Sleep until SIGINT or SIGTERM; SIGHUP replaces the stages."""
+    stop, again = threading.Event(), threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: again.set())
     try:
-        while not stop.wait(3600):
-            pass
+        while not stop.wait(LOOK_S):
+            if again.is_set():
+                again.clear()
+                _redeploy(served)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _redeploy(served: Served) -> None:
+    """What cannot be deployed leaves what is there."""
+    try:
+        served.redeploy()
+    except (OmniError, RayError, RayServeException, RuntimeError) as error:
+        emit("redeploy_failed", error=type(error).__name__, reason=str(error)[:200])
 
 
 @contextlib.contextmanager

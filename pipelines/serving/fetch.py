@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -22,6 +23,8 @@ Resolve = Callable[[str, int], list[str]]
 PORTS = {"http": 80, "https": 443}
 MOST_REDIRECTS = 3
 MOST_URL = 2048
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]*:[0-9a-f:.]*")
+"""A name in ASCII (others as ``xn--...``) or an address."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -64,6 +67,8 @@ def check_url(url: str, where: str, config: FetchConfig) -> SplitResult:
     host = (parts.hostname or "").rstrip(".").lower()
     if parts.scheme not in PORTS or not host:
         raise _refused(where, "is neither http nor https")
+    if not _HOST.fullmatch(host):  # escapes, zones and look-alike letters are read differently by every reader
+        raise _refused(where, "has a host that is neither a plain name nor an address")
     if parts.username is not None or parts.password is not None or "@" in parts.netloc:
         raise _refused(where, "holds credentials")
     if port not in (None, PORTS[parts.scheme]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from pipelines.serving.realtime.socket import MOST_FRAME_CHARACTERS
 
 DRAIN_S = 3
 """Time for answers in progress and for live conversations to take leave; those are told 1012, come again."""
+
+SEND_BUFFER_BYTES = 256 * 2**10
+"""What the system takes for a client that does not read: three seconds of sound, so that its slowness is soon felt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +51,14 @@ class ListeningGateway(ServeGateway):
             log_config=None,
             server_header=False,
             ws_max_size=MOST_FRAME_CHARACTERS + 1024,
+            ws_ping_interval=self.limits.ping_s,
+            ws_ping_timeout=self.limits.half_open_s - self.limits.ping_s,
             timeout_graceful_shutdown=DRAIN_S,
             **listen.tls,  # type: ignore[arg-type]
         )
         self._server = uvicorn.Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listening_socket(listen.host, listen.port)]))
+        listening = patient_socket(listen.host, listen.port, self.limits.half_open_s)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
 
     def check_health(self) -> None:
         """Ray Serve asks; a gateway that no longer listens is replaced.
@@ -66,6 +73,22 @@ class ListeningGateway(ServeGateway):
         """Take nothing new, let go of clients in order, return when all have gone."""
         self._server.should_exit = True
         await asyncio.wait({self._serving}, timeout=2 * DRAIN_S)
+
+
+def patient_socket(host: str, port: int, half_open_s: float) -> socket.socket:
+    """A listening socket whose connections hold little for a peer that does not read, and end when it is gone.
+
+    Both options go over to the accepted connections.  Without the time-out a connection to a peer that stopped reading
+    stays, closed and unsent, until the system gives up on it after a quarter of an hour.
+
+    Raises:
+        ResourceError: see :func:`pipelines.serving.guard.listening_socket`.
+    """
+    listening = listening_socket(host, port)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * half_open_s))
+    return listening
 
 
 def on_this_node(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def options(pool: ServePool) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": 5,
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        "max_surge_percent": pool.surge_percent,
     }
     if pool.max_replicas > pool.replicas:
         chosen["autoscaling_config"] = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.server
 import re
+import socket
 import threading
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from omni_ray.config.serving import FetchConfig, Limits
 from pipelines.serving import fetch as fetching
 from pipelines.serving.errors import ApiError
 from pipelines.serving.fetch import fetch, is_public
-from pipelines.serving.media import image_bytes
+from pipelines.serving.media import image_bytes, video_bytes
 
 OPEN = FetchConfig(enabled=True, hosts=("*",), timeout_s=2.0)
 PRIVATE = [
@@ -66,8 +68,79 @@ HOSTILE = [
     "../../etc/passwd",
     "",
     "http://" + "a" * 3000 + ".example/x.png",
+    *(
+        f"http://{host}/latest/meta-data/"
+        for host in (
+            "169.254.169.254",
+            "[fd00:ec2::254]",
+            "100.100.100.200",
+            "metadata.google.internal",
+            "[::ffff:a9fe:a9fe]",
+            "0xA9FEA9FE",
+            "2852039166",
+            "0251.0376.0251.0376",
+            "169.254.43518",
+        )
+    ),
+    "http://0x7f.0x0.0x0.0x1/x.png",
+    "http://017700000001/x.png",
+    "http://0x7F.1/x.png",
+    "http://3232235777/x.png",  # 192.168.1.1
+    "http://127.0.0.1:80/x.png",
+    "http://[::1]:80/x.png",
+    "https://[::1]:443/x.png",
+    "http://[0:0:0:0:0:ffff:127.0.0.1]/x.png",
+    "http://[::127.0.0.1]/x.png",
+    "http://[::ffff:0:127.0.0.1]/x.png",
+    "http://127.0.0.1.nip.example/x.png",  # a name for any address
+    "http://localtest.example/x.png",
+    "http://six.example/x.png",
+    "http://mapped.example/x.png",
+    "http://127\u30020\u30020\u30021/x.png",  # ideographic full stops
+    "http://127\uff0e0\uff0e0\uff0e1/x.png",  # full-width
+    "http://\uff11\uff12\uff17.0.0.1/x.png",  # full-width digits
+    "http://\u2460\u2461\u2466.0.0.1/x.png",  # circled digits
+    "http://\uff4c\uff4f\uff43\uff41\uff4c\uff48\uff4f\uff53\uff54/x.png",
+    "http://local\u200bhost/x.png",  # zero width
+    "http://loc\u00adalhost/x.png",  # soft hyphen
+    "http://\u202e127.0.0.1/x.png",  # right to left
+    "http://%31%32%37.0.0.1/x.png",
+    "http://127.0.0.1%2f.example.org/x.png",
+    "http://example.org%00.localhost/x.png",
+    "http://example.org%2f@127.0.0.1/x.png",
+    "http://example.org:80@10.0.0.1/x.png",
+    "http://:secret@example.org/x.png",
+    "http://@127.0.0.1/x.png",
+    "http://example.org:0/x.png",
+    "http://example.org:8080/x.png",
+    "https://example.org:80/x.png",
+    "http://example.org:-80/x.png",
+    "http:127.0.0.1/x.png",
+    "http:/127.0.0.1/x.png",
+    "http:///127.0.0.1/x.png",
+    "HTTP://127.0.0.1/x.png",
+    "http://127.0.0.1/\x00.png",
+    "\thttp://127.0.0.1/x.png",
+    "sftp://127.0.0.1/x.png",
+    "tftp://127.0.0.1/x.png",
+    "ws://127.0.0.1/x.png",
+    "smb://127.0.0.1/share/x.png",
+    "php://filter/resource=/etc/passwd",
+    "netdoc:///etc/passwd",
+    "javascript:alert(1)",
+    "blob:http://127.0.0.1/x.png",
+    "data:text/html;base64,aGVsbG8=",
+    "file://localhost/etc/passwd",
+    "file:/etc/passwd",
+    "concat:/etc/passwd|/etc/hosts",  # what film decoders would open
+    "subfile,,start,0,end,100,,:/etc/passwd",
 ]
 NAMES = {
+    "metadata.google.internal": ["169.254.169.254"],
+    "127.0.0.1.nip.example": ["127.0.0.1"],
+    "localtest.example": ["127.0.0.1"],
+    "six.example": ["::1"],
+    "mapped.example": ["::ffff:10.1.2.3"],
     "metadata.internal": ["169.254.169.254"],
     "rebind.example": ["127.0.0.1"],
     "half.example": ["93.184.216.34", "10.0.0.1"],  # one public address does not excuse the other
@@ -77,28 +150,90 @@ NAMES = {
 
 
 def known(host: str, port: int) -> list[str]:
-    """Names of this test; numbers as the system reads them."""
+    """Names of this test; numbers as the system reads them; every other name is a public one, as an attacker's is."""
     if host.lower() in NAMES:
         return NAMES[host.lower()]
-    return fetching._system_addresses(host, port)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except OSError:
+        # What the system makes of look-alike letters and invisible ones.
+        spelled = unicodedata.normalize("NFKC", host).replace("\u200b", "").replace("\u00ad", "").lower()
+        return NAMES.get(spelled, ["93.184.216.34"])
+    return [str(entry[4][0]) for entry in found]
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(set(HOSTILE)) >= 60
+    assert len(set(HOSTILE)) >= 130
 
 
-@pytest.mark.parametrize("url", HOSTILE, ids=lambda url: repr(url)[:40])
-def test_hostile_addresses_are_refused_with_every_host_allowed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hosts", [("*",), ("media.example", "*.example.org")], ids=["all allowed", "few allowed"])
+@pytest.mark.parametrize("url", list(dict.fromkeys(HOSTILE)), ids=lambda url: ascii(url)[:40])
+def test_hostile_addresses_are_refused_on_and_off(
+    url: str, hosts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off; on for all hosts; on for some, whose names do not help the others."""
+
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a connection was made")
 
     monkeypatch.setattr(fetching.socket, "create_connection", never)
     with pytest.raises(ApiError) as refused:
-        fetch(url, "messages[0].content[0]", OPEN, known)
+        fetch(url, "messages[0].content[0]", OPEN.model_copy(update={"hosts": hosts}), known)
     assert refused.value.code == "remote_media_refused"
     assert refused.value.status == 400
+    on = Limits(fetch=OPEN.model_copy(update={"hosts": hosts}))
+    monkeypatch.setattr(fetching, "_system_addresses", known)
+    for door in (image_bytes, video_bytes):
+        with pytest.raises(ApiError):
+            door(url, "messages[0].content[0]", on)
     with pytest.raises(ApiError):  # and with fetching off, by the door itself
         image_bytes(url, "messages[0].content[0]", Limits())
+
+
+@pytest.mark.parametrize("private", [address for address in PRIVATE if address.isascii()])
+def test_an_allowed_name_that_resolves_to_a_private_address_is_refused(private: str) -> None:
+    config = OPEN.model_copy(update={"hosts": ("media.example",)})
+    for answer in ([private.strip("[]")], ["93.184.216.34", private.strip("[]")]):
+        with pytest.raises(ApiError, match="private network"):
+            fetch("http://media.example/x.png", "x", config, lambda host, port, answer=answer: answer)
+
+
+def test_a_name_that_answers_differently_a_moment_later_is_asked_once(honest: Any, monkeypatch: Any) -> None:
+    """Rebinding: the address that was judged is the address that is connected to."""
+    answers = iter([["93.184.216.34"], ["127.0.0.1"]])
+    reached: list[str] = []
+    real = fetching.socket.create_connection
+
+    def noted(address: tuple[str, int], timeout: float) -> Any:
+        reached.append(address[0])
+        return real(address, timeout)
+
+    monkeypatch.setattr(fetching.socket, "create_connection", noted)
+    config = FetchConfig(enabled=True, hosts=("turns.example",), timeout_s=5.0)
+    assert fetch("http://turns.example/fine", "x", config, lambda host, port: next(answers)) == b"fine"
+    assert reached == ["93.184.216.34"]
+    with pytest.raises(ApiError, match="private network"):
+        fetch("http://turns.example/fine", "x", config, lambda host, port: next(answers))
+
+
+REDIRECTS = (
+    "http://127.0.0.1/fine", "//127.0.0.1/fine", "http://[::1]/fine", "http://169.254.169.254/latest/meta-data/",
+    "http://2130706433/fine", "http://rebind.example/fine", "http://half.example/fine", "https://10.0.0.1/fine",
+    "file:///etc/passwd", "ftp://example.org/fine", "gopher://127.0.0.1:6379/_INFO", "http://user:word@example.org/fine",
+    "http://example.org:6379/fine", "http://[::ffff:127.0.0.1]/fine", "http://0/fine", "javascript:alert(1)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", REDIRECTS)
+def test_a_redirect_leads_nowhere_that_an_address_may_not(honest: Any, target: str) -> None:
+    config = FetchConfig(enabled=True, hosts=("*",), timeout_s=5.0)
+
+    def resolve(host: str, port: int) -> list[str]:
+        return honest(host, port) if host == "example.org" else known(host, port)
+
+    with pytest.raises(ApiError) as refused:
+        fetch(f"http://example.org/to?{target}", "x", config, resolve)
+    assert refused.value.code == "remote_media_refused"
 
 
 @pytest.mark.parametrize("text", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34", "64:ff9b::5db8:d822"])
