@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,30 +12,28 @@ from typing import Any
 
 import uvicorn
 
+from omni_ray.config.serving import Limits
+
 
 class Server:
     """A running server."""
 
-    def __init__(self, checkpoint: Path, key_file: Path | None = None) -> None:
+    def __init__(self, checkpoint: Path, key_file: Path | None = None, limits: dict[str, Any] | None = None) -> None:
+        """``limits``: instead of those of the checkpoint's recipe."""
         from omni_ray.inference.omni_model import load_model
         from pipelines.serving.gateway import Gateway
+        from pipelines.serving.listener import patient_socket, server_config
         from pipelines.serving.local_stages import LocalStages
 
         self.model = load_model(checkpoint)
         self.stages = LocalStages(self.model)
         self.gateway = Gateway(str(checkpoint), str(key_file) if key_file else None, self.stages)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        config = uvicorn.Config(
-            self.gateway.asgi(),
-            host="127.0.0.1",
-            port=self.port,
-            log_level="error",
-            ws="websockets-sansio",
-            lifespan="off",
-        )
-        self._server = uvicorn.Server(config)
+        if limits is not None:
+            self.gateway.serving = self.gateway.serving.model_copy(update={"limits": Limits.model_validate(limits)})
+            self.gateway.limits = self.gateway.serving.limits
+        self._socket = patient_socket("127.0.0.1", 0, self.gateway.limits.half_open_s)
+        self.port = self._socket.getsockname()[1]
+        self._server = uvicorn.Server(server_config(self.gateway.asgi(), self.gateway.limits, {}))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -46,7 +43,7 @@ class Server:
 
     def _run(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._loop.run_until_complete(self._server.serve())
+        self._loop.run_until_complete(self._server.serve(sockets=[self._socket]))
 
     def start(self) -> None:
         self._thread.start()
@@ -80,8 +77,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(checkpoint: Path, key_file: Path | None = None) -> Iterator[Server]:
-    server = Server(checkpoint, key_file)
+def running(checkpoint: Path, key_file: Path | None = None, limits: dict[str, Any] | None = None) -> Iterator[Server]:
+    server = Server(checkpoint, key_file, limits)
     server.start()
     try:
         yield server

@@ -10,9 +10,10 @@ from typing import Any
 import uvicorn
 from ray.serve.handle import DeploymentHandle
 
+from omni_ray.config.serving import Limits
 from omni_ray.types.errors import ResourceError
 from pipelines.serving.gateway import ServeGateway
-from pipelines.serving.guard import listening_socket
+from pipelines.serving.guard import Asgi, listening_socket
 from pipelines.serving.realtime.socket import MOST_FRAME_CHARACTERS
 
 DRAIN_S = 3
@@ -44,19 +45,7 @@ class ListeningGateway(ServeGateway):
             ResourceError: the port is taken.
         """
         super().__init__(checkpoint, api_key_file, **stages)
-        config = uvicorn.Config(
-            self.asgi(),
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            ws_max_size=MOST_FRAME_CHARACTERS + 1024,
-            ws_ping_interval=self.limits.ping_s,
-            ws_ping_timeout=self.limits.half_open_s - self.limits.ping_s,
-            timeout_graceful_shutdown=DRAIN_S,
-            **listen.tls,  # type: ignore[arg-type]
-        )
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(server_config(self.asgi(), self.limits, listen.tls))
         listening = patient_socket(listen.host, listen.port, self.limits.half_open_s)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listening]))
 
@@ -73,6 +62,22 @@ class ListeningGateway(ServeGateway):
         """Take nothing new, let go of clients in order, return when all have gone."""
         self._server.should_exit = True
         await asyncio.wait({self._serving}, timeout=2 * DRAIN_S)
+
+
+def server_config(app: Asgi, limits: Limits, tls: dict[str, str]) -> uvicorn.Config:
+    """How the gateway's own server behaves: frames, pings, and the time for its leave."""
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        ws_max_size=MOST_FRAME_CHARACTERS + 1024,
+        ws_ping_interval=limits.ping_s,
+        ws_ping_timeout=limits.half_open_s - limits.ping_s,
+        timeout_graceful_shutdown=DRAIN_S,
+        **tls,  # type: ignore[arg-type]
+    )
 
 
 def patient_socket(host: str, port: int, half_open_s: float) -> socket.socket:
