@@ -19,9 +19,9 @@ class ServePool(Checked):
     """Above ``replicas``, Ray Serve autoscales between the two."""
     resources: Resources = Field(default_factory=lambda: Resources(cpu=0.25))
     """Of one replica; Ray's CPUs are tickets, and all five deployments fit on two cores."""
-    surge_percent: int = Field(default=100, ge=0, le=100)
-    """New replicas that a redeploy may start before old ones end, in percent of ``replicas``; needs their room.  With 0
-    and one replica a stage is away while its successor loads, and answers fail meanwhile."""
+    surge_percent: int = Field(default=1, ge=0, le=100)
+    """New replicas that a redeploy may start before old ones end, in percent of ``replicas``, at least one; needs their
+    room.  0: none, so that a stage of one replica is away while its successor loads, and answers fail meanwhile."""
 
 
 class ServePools(Checked):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from pipelines.bench.chaos_inside import (
     REPLICAS,
+    STAGES,
     Kill,
     Killer,
     census,
@@ -43,12 +44,7 @@ SETTLE_S = 75.0
 AFTERMATH_S = 5.0
 """A stage that has just come back is still met by calls that waited for it."""
 MEMORY_GOAL = 0.05
-SERVED = {
-    "pools": {
-        name: {"replicas": REPLICAS, "resources": {"cpu": 0.25}} for name in ("vision", "audio", "language", "speech")
-    },
-    "limits": {"max_sessions": MOST_SESSIONS, "max_concurrent": MOST_SESSIONS, "max_per_key": MOST_SESSIONS},
-}
+ROOM = {"max_sessions": MOST_SESSIONS, "max_concurrent": MOST_SESSIONS, "max_per_key": MOST_SESSIONS}
 
 
 def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
@@ -63,24 +59,39 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
     return BenchReport(bench="chaos", figures=figures, environment=environment(seed=seed, quick=quick))
 
 
-def storm(sessions: int, kills: int, seed: int) -> tuple[Figure, ...]:
-    """Serve a tiny model, hold the sessions in quiet and in the storm, deploy anew, and count."""
+def storm(
+    sessions: int,
+    kills: int,
+    seed: int,
+    *,
+    replicas: int = REPLICAS,
+    limits: Mapping[str, float] | None = None,
+    redeploys: bool = True,
+) -> tuple[Figure, ...]:
+    """Serve a tiny model, hold the sessions in quiet and in the storm, deploy anew, and count.
+
+    Args:
+        sessions: At least so many; the storm lasts as long as its kills do.  kills, seed: As in :func:`run`.
+        replicas: Of each stage; with one every kill leaves a stage empty.
+        limits: Of the server, beside room for all.  redeploys: Whether the stages are deployed anew at the end.
+    """
     from pipelines.serving.app import serve
 
     numbers = list(range(sessions))
+    pools = {name: {"replicas": replicas} for name in STAGES}
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(Path(folder), SERVED)
+        checkpoint = write_checkpoint(Path(folder), {"pools": pools, "limits": {**ROOM, **(limits or {})}})
         with serve(checkpoint, port=0, block=False) as served:
             url = served.url.replace("http", "ws", 1) + "/v1/realtime"
             with clients(url, numbers, seed) as quiet:
                 pass
             before = settle(census(), 5.0)[0]
-            killer = Killer(seed, kills, Path(folder) / "over", pause_s=1.0)
+            killer = Killer(seed, kills, Path(folder) / "over", replicas)
             with clients(url, numbers, seed, faults=True, until=killer.over) as stormy:
                 killer.stop()
                 after, stayed = settle(before, SETTLE_S)
                 control = _leak_control(before, stayed)
-            dropped, turned = _redeployed(served, url, quiet["seen"], seed)
+            dropped, turned = _redeployed(served, url, quiet["seen"], seed) if redeploys else (0, 0)
     found = Findings(quiet["seen"], stormy, killer.kills)
     return (*found.figures(), *_held(before, after, stayed, stormy, control, sessions), *_redeploy(dropped, turned))
 
@@ -165,7 +176,7 @@ class Findings:
         faults = Counter(one["fault"] or "none" for one in self.seen)
         for fault in ("none", "reset", "half_open", "slow_reader", "garbage"):
             yield _reported(f"sessions_{fault}", faults[fault], n)
-        yield _reported("kills", sum(REPLICAS if kill.whole else 1 for kill in self.kills), len(self.kills))
+        yield _reported("kills", sum(kill.processes for kill in self.kills), len(self.kills))
         missing = sum(math.isinf(kill.back) for kill in self.kills)
         yield counted(
             "replicas_not_back", missing, n=len(self.kills), against="kills whose replica was not started again"

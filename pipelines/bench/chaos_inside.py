@@ -19,6 +19,8 @@ REPLICAS = 2
 """Of each stage."""
 BACK_S = 180.0
 """A replica that was killed must be back within this; the bench's own patience, not a promise."""
+PAUSE_S = (0.5, 2.0)
+"""Between the return of what was killed and the next kill; drawn."""
 AT_WHOLE_STAGE = 4
 """Every so many kills all replicas of the stage are killed: then its sessions must be told."""
 
@@ -30,6 +32,7 @@ class Kill:
     stage: str
     whole: bool
     """No replica was left."""
+    processes: int
     at: float
     back: float
     """Wall clock; when all replicas answered again, infinite if they never did."""
@@ -95,7 +98,8 @@ class Killer:
     """Kills."""
     over: Path
     """File that appears after the last."""
-    pause_s: float
+    replicas: int
+    """Of each stage."""
     kills: list[Kill] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -110,8 +114,8 @@ class Killer:
     def _run(self) -> None:
         order = [str(stage) for _ in range(self.most) for stage in self._draws.permutation(STAGES)][: self.most]
         for number, stage in enumerate(order, start=1):
-            time.sleep(float(self._draws.uniform(0.5, 2.0)) * self.pause_s)
-            self.kills.append(self._kill(stage, number % AT_WHOLE_STAGE == 0))
+            time.sleep(float(self._draws.uniform(*PAUSE_S)))
+            self.kills.append(self._kill(stage, self.replicas == 1 or number % AT_WHOLE_STAGE == 0))
         self.over.touch()
 
     def _kill(self, stage: str, whole: bool) -> Kill:
@@ -122,7 +126,7 @@ class Killer:
         for pid in chosen:
             os.kill(pid, signal.SIGKILL)
         back = self._wait_back(stage, set(chosen))
-        return Kill(stage, whole, at, back)
+        return Kill(stage, whole, len(chosen), at, back)
 
     def _wait_back(self, stage: str, dead: set[int]) -> float:
         from ray import serve
@@ -134,7 +138,7 @@ class Killer:
         while time.monotonic() < end:
             try:
                 there = handle.broadcast("census").results(timeout_s=10)
-                if len([one for one in there if one["pid"] not in dead]) >= REPLICAS:
+                if len([one for one in there if one["pid"] not in dead]) >= self.replicas:
                     return time.time()
             except (RayError, RayServeException, TimeoutError):
                 pass
