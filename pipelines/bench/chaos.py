@@ -91,7 +91,7 @@ def storm(
                 killer.stop()
                 after, stayed = settle(before, SETTLE_S)
                 control = _leak_control(before, stayed)
-            dropped, turned = _redeployed(served, url, quiet["seen"], seed) if redeploys else (0, 0)
+            dropped, turned = _redeployed(served, url, quiet["seen"], seed) if redeploys else ([], 0)
     found = Findings(quiet["seen"], stormy, killer.kills)
     return (*found.figures(), *_held(before, after, stayed, stormy, control, sessions), *_redeploy(dropped, turned))
 
@@ -137,10 +137,13 @@ class Findings:
         n = len(self.seen)
         yield Figure(name="sessions", value=n, unit="count", better="higher", goal=len(self.quiet), n=n, runs=(n,))
         hangs = sum(bool(seen["hang"]) for seen in [*self.quiet.values(), *self.seen])
-        yield counted("hangs", hangs, n=n, against="waits of over 5 s for an event that is due")
+        hung = [one for one in self.seen if one["hang"]]
+        against = "waits of over 5 s for an event that is due"
+        yield replace(counted("hangs", hangs, n=n, against=against), extra=_cases(hung))
         damaged = self.damaged(self.seen)
         against = "untouched sessions against the same in quiet: other sound, another ending, or an error event"
-        yield counted("foreign_damage", len(damaged), n=len(self.untouched(self.seen)), against=against)
+        figure = counted("foreign_damage", len(damaged), n=len(self.untouched(self.seen)), against=against)
+        yield replace(figure, extra=_cases(damaged))
         flipped = len(self.damaged(self._flipped())) - len(damaged)
         yield negative_control(int(bool(self.control["hang"])), "a relay that falls silent in the middle of a session")
         yield replace(
@@ -225,29 +228,36 @@ def _leak_control(before: dict[str, Any], stayed: dict[str, int]) -> int:
     return more
 
 
-def _redeployed(served: Any, url: str, quiet: Sequence[dict[str, Any]], seed: int) -> tuple[int, int]:
+def _redeployed(served: Any, url: str, quiet: Sequence[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], int]:
     """Sessions that a redeploy of all stages dropped or changed, and how many ran meanwhile."""
     expected = {seen["number"]: seen for seen in quiet}
     numbers = sorted(expected)[:12]
     work = threading.Thread(target=served.redeploy, name="redeploy")
     work.start()
-    dropped = turned = 0
+    dropped: list[dict[str, Any]] = []
+    turned = 0
     while work.is_alive() or not turned:
         with clients(url, numbers, seed, together=3) as seen:
             for one in seen["seen"]:
                 same = all(one[name] == expected[one["number"]][name] for name in ("sound", "statuses", "errors"))
-                dropped += not same or bool(one["broken"]) or bool(one["hang"])
+                if not same or one["broken"] or one["hang"]:
+                    dropped.append(one)
                 turned += 1
     work.join()
     return dropped, turned
 
 
-def _redeploy(dropped: int, turned: int) -> Iterator[Figure]:
+def _redeploy(dropped: Sequence[dict[str, Any]], turned: int) -> Iterator[Figure]:
     if not turned:
         yield not_run("redeploy_dropped", "no session ran", unit="count", better="lower", goal=0)
         return
     against = "sessions during a rolling redeploy of all stages against the same in quiet"
-    yield counted("redeploy_dropped", dropped, n=turned, against=against)
+    yield replace(counted("redeploy_dropped", len(dropped), n=turned, against=against), extra=_cases(dropped))
+
+
+def _cases(seen: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first few, for whoever looks for the reason."""
+    return {"cases": list(seen[:5])} if seen else {}
 
 
 def _reported(name: str, count: int, n: int, against: str = "") -> Figure:

@@ -8,15 +8,16 @@ import os
 import threading
 from pathlib import Path
 
+POOLED = ("asyncio_", "decode_", "ThreadPoolExecutor")
 _PROC = Path("/proc/self")
 
 
 def process_census() -> dict[str, int]:
-    """Process id, threads, tasks of the running event loop, open files and resident bytes, garbage collected first."""
+    """Process id, threads (without the workers of bounded pools, which start when needed and stay), tasks of the running event loop, open files and resident bytes, garbage collected first."""
     gc.collect()
     return {
         "pid": os.getpid(),
-        "threads": threading.active_count(),
+        "threads": sum(not thread.name.startswith(POOLED) for thread in threading.enumerate()),
         "tasks": len(asyncio.all_tasks()),
         "files": len(list((_PROC / "fd").iterdir())) if (_PROC / "fd").is_dir() else 0,
         "rss_bytes": _resident_bytes(),
