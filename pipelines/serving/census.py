@@ -13,7 +13,10 @@ _PROC = Path("/proc/self")
 
 
 def process_census() -> dict[str, int]:
-    """Process id, threads (without the workers of bounded pools, which start when needed and stay), tasks of the running event loop, open files and resident bytes, garbage collected first."""
+    """Process id, threads, tasks of the running event loop, open files and resident bytes, garbage collected first.
+
+    Workers of bounded pools, which start when they are needed and stay, are no threads here.
+    """
     gc.collect()
     return {
         "pid": os.getpid(),
