@@ -107,7 +107,7 @@ class LanguageWorker(NetworkWorker):
         """
         loss, leaves = self._kept.pop(micro_batch)
         if loss.requires_grad:
-            loss.backward()
+            self.optimizer.backward(loss)
         self.keep_term(micro_batch)
         return [take_back(_gradient(values_ID), arrived) for arrived, values_ID in leaves]
 

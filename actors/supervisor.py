@@ -29,7 +29,7 @@ from actors.pool import (
     wait_for,
 )
 from actors.pool_actor import PoolActor
-from omni_ray.config.parallel import is_sharded
+from omni_ray.config.parallel import has_deepspeed, is_sharded
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import emit
 from omni_ray.training.networks import POOLS
@@ -166,6 +166,7 @@ class Supervisor:
             The number of steps whose state every pool now has.
         """
         started = time.monotonic()
+        gone = self._with_engine_peers(gone)
         sources = {who: self._source(*who, gone) for who in gone if who[0] in POOLS}
         self._pending.clear()
         for name, rank in gone:
@@ -183,6 +184,11 @@ class Supervisor:
         seconds = time.monotonic() - started
         emit("recovered", lost=names, step=step, lost_steps=ended - step, seconds=seconds)
         return step
+
+    def _with_engine_peers(self, gone: Sequence[Named]) -> list[Named]:
+        """Whoever is gone, and all language ranks under DeepSpeed: its engine does not change process groups."""
+        peers = [("language", rank) for rank in range(len(self.pools["language"]))]
+        return [*gone, *(who for who in peers if has_deepspeed(self.recipe.pools.language) and who not in gone)]
 
     def _source(self, name: str, lost: int, gone: Sequence[Named]) -> Named | None:
         """Who can give a lost rank's snapshot: another rank of its pool, where all are alike, else its holder."""

@@ -20,6 +20,7 @@ from omni_ray.bridge.chunk import join, split
 from omni_ray.bridge.route import tiles_of
 from omni_ray.config.parallel import PoolConfig, is_sharded, shares_weights
 from omni_ray.config.recipe import Recipe
+from omni_ray.training.deepspeed_optimizer import DeepSpeedOptimizer
 from omni_ray.training.digest import digests
 from omni_ray.training.memory import keep_freed_memory
 from omni_ray.training.networks import build_network
@@ -94,7 +95,9 @@ class NetworkWorker:
         self.optimizer: PoolOptimizer
         pool, rank = self.pool, self.rank
         parts = (rank.pool, self.network, self.recipe.optimizer, pool.precision, pool.offload == "cpu")
-        if is_sharded(pool):
+        if rank.pool == "language" and self.recipe.pools.language.backend == "deepspeed":
+            self.optimizer = DeepSpeedOptimizer(*parts[:3], int(pool.shard[-1]))
+        elif is_sharded(pool):
             self.optimizer = ShardedOptimizer(*parts, rank.rank, rank.ranks, not shares_weights(pool))
         else:
             self.optimizer = PoolOptimizer(*parts)
@@ -118,6 +121,7 @@ class NetworkWorker:
         """Meet the other ranks of the pool, for ``reduce: fast``."""
         backend = group_backend(self.device, self.pool.resources.gpu)
         self.group = PoolGroup(self.rank.pool, self.rank.rank, self.rank.ranks, address, timeout_s, backend)
+        self.optimizer.group = self.group
 
     def leave(self) -> None:
         """Give the process group back."""
@@ -152,7 +156,8 @@ class NetworkWorker:
         if not self.live:
             return 0.0
         if self.rank.ranks > 1 and not self.ordered:
-            self._sum_over_ranks()
+            assert self.group is not None, "reduce: fast over several ranks needs join_group first"
+            self.optimizer.reduce(self.group)
         elif self.rank.ranks > 1:
             rows = {n: row for numbers, rows in others for n, row in zip(numbers, rows, strict=True)}
             self.optimizer.clear()
@@ -202,9 +207,14 @@ class NetworkWorker:
         """Take in the others' weights, before the step's first forward."""
         self.shard.take(shards)
 
+    def gather_weights(self) -> None:
+        """Take in what a backend of its own let go between steps; all ranks together."""
+        self.optimizer.gather()
+
     def bytes_at_rest(self) -> tuple[int, int, int]:
         """Bytes of weights, masters and moments between two steps; of masters and moments alone; of all, unsharded."""
-        return self.shard.bytes_at_rest(), self.shard.state_bytes(), self.shard.bytes_whole()
+        holder = self.optimizer if isinstance(self.optimizer, DeepSpeedOptimizer) else self.shard
+        return holder.bytes_at_rest(), holder.state_bytes(), holder.bytes_whole()
 
     def state_in_host(self) -> tuple[str, int]:
         """Where this rank computes, and bytes of masters and moments that lie in host memory instead."""
@@ -223,12 +233,6 @@ class NetworkWorker:
         """The optimizer step with the norm over all pools; returns that norm and whether the step was made."""
         stage, inside = self.recipe.stage_at(step)
         return self.optimizer.apply(norms_squared, rates(stage.lr, inside, stage.steps))
-
-    def _sum_over_ranks(self) -> None:
-        assert self.group is not None, "reduce: fast over several ranks needs join_group first"
-        flat = self.optimizer.take_term()
-        self.group.sum_in_place(flat, "finish")
-        self.optimizer.put_terms([flat])
 
     def gradient_digests(self) -> dict[str, str]:
         """The closed gradient's bits by parameter, for comparison with the reference."""
@@ -288,13 +292,13 @@ class NetworkWorker:
 
     def _shard_writer(self, folder: Path, masters: Sequence[Mapping[str, Tensor]] = ()) -> Callable[[], None]:
         """Writes the state of now, from a copy in host memory."""
-        rank, network = self.rank, None
+        rank = self.rank
         weights: int | None = sum(m.numel() * m.element_size() for m in self.optimizer.masters.values())
         if isinstance(self.optimizer, ShardedOptimizer):
             weights = None
             network = self.optimizer.trained_with(masters) if rank.rank == 0 else None
-        elif rank.rank == 0:
-            network = self.optimizer.trained()
+        else:
+            network = self.optimizer.trained(here=rank.rank == 0)
         tensors = self.optimizer.state_tensors()
         return lambda: write_shard(folder, self.network_name, rank.rank, rank.ranks, network, tensors, weights)
 

@@ -86,13 +86,10 @@ class Pools(Checked):
 
     def for_serving(self) -> Pools:
         """The same pools as replicas have them: however they were trained, each holds a whole network in fp32."""
-        names = ("vision", "audio", "speech", "language")
-        return self.model_copy(
-            update={
-                name: getattr(self, name).model_copy(update={"precision": "fp32", "shard": "none", "offload": "none"})
-                for name in names
-            }
-        )
+        plain = {"precision": "fp32", "shard": "none", "offload": "none"}
+        changed = {name: getattr(self, name).model_copy(update=plain) for name in ("vision", "audio", "speech")}
+        language = self.language.model_copy(update=plain | {"backend": "native"})
+        return self.model_copy(update=changed | {"language": language})
 
 
 class Schedule(Checked):
@@ -112,8 +109,13 @@ class Schedule(Checked):
 
 
 def is_sharded(pool: PoolConfig) -> bool:
-    """Whether ranks of a pool hold shares of its network."""
-    return pool.shard != "none" and pool.actors > 1
+    """Whether ranks of a pool hold shares of its network in the native way."""
+    return pool.shard != "none" and pool.actors > 1 and not has_deepspeed(pool)
+
+
+def has_deepspeed(pool: PoolConfig) -> bool:
+    """Whether DeepSpeed shares a pool's state out."""
+    return isinstance(pool, LanguagePoolConfig) and pool.backend == "deepspeed"
 
 
 def sends_terms_on(pool: PoolConfig) -> bool:
@@ -137,6 +139,9 @@ def check_sharded(name: str, pool: PoolConfig, schedule: Schedule) -> None:
             f"pools.speech has shard {pool.shard} and offload {pool.offload}, yet the codec does not train: it has no "
             "optimizer state to share or to move; choose none"
         )
+    if has_deepspeed(pool):
+        check_deepspeed(pool, schedule)
+        return
     if pool.shard == "none":
         return
     if schedule.reduce != "ordered":
@@ -148,6 +153,25 @@ def check_sharded(name: str, pool: PoolConfig, schedule: Schedule) -> None:
             f"pools.{name}.shard is {pool.shard} with recompute {pool.recompute}: graphs that wait for their backward "
             "would keep the weights; choose recompute full, or zero2, which keeps them anyway"
         )
+
+
+def check_deepspeed(pool: PoolConfig, schedule: Schedule) -> None:
+    """Refuse what DeepSpeed's ZeRO cannot go with, or goes with nowhere yet.
+
+    Raises:
+        ConfigError: names the setting, its value and what to choose.
+    """
+    asked: list[tuple[str, object, bool, str]] = [
+        ("schedule.reduce", schedule.reduce, schedule.reduce == "fast", "fast, or pools.language.backend native"),
+        ("pools.language.shard", pool.shard, pool.shard in ("zero1", "zero2", "zero3"), "zero1, zero2 or zero3"),
+        ("pools.language.actors", pool.actors, pool.actors > 1, "at least 2: there is nothing to share, or native"),
+        ("pools.language.precision", pool.precision, pool.precision == "fp32", "fp32, or native"),
+        ("pools.language.offload", pool.offload, pool.offload == "none", "none, or native"),
+        ("pools.language.resources.gpu", pool.resources.gpu, not pool.resources.gpu, "0, or native"),
+    ]
+    for name, value, fits, choose in asked:
+        if not fits:
+            raise ConfigError(f"pools.language.backend is deepspeed and {name} is {value}; choose {choose}")
 
 
 def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
@@ -169,7 +193,6 @@ def refuse_unbuilt(pools: Pools, schedule: Schedule, placement: str) -> None:
             f"pools.speech.precision is {pools.speech.precision}, yet the codec's ids are made in fp32; choose fp32"
         )
     language = pools.language
-    later += [("pools.language.backend", language.backend, "native")]
     later += [(f"pools.language.{axis}", getattr(language, axis), 1) for axis in ("cp", "pp", "ep")]
     for name, value, built in later:
         if value != built:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,16 @@ def rates(lr: LearningRate, step: int, steps: int) -> dict[str, float]:
     return {part: base * scales.get(part, 1.0) for part in ("language", "audio_heads", *scales)}
 
 
+class Group(Protocol):
+    """What is used of a pool's process group."""
+
+    rank: int
+    ranks: int
+
+    def sum_in_place(self, values: Tensor, phase: str) -> None:
+        """Add over all ranks."""
+
+
 class PoolOptimizer:
     """AdamW over one network, with the stage deciding what trains.
 
@@ -61,6 +72,8 @@ class PoolOptimizer:
     ) -> None:
         self.pool = pool
         self.offload = offload
+        self.group: Group | None = None
+        """The pool's process group, where it has one."""
         self.config = config
         self.module = module
         self.parameters = dict(module.named_parameters())
@@ -94,6 +107,19 @@ class PoolOptimizer:
             parameter.requires_grad_(trains)
             live = live or trains
         return live
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch."""
+        loss.backward()
+
+    def gather(self) -> None:
+        """Take in weights that are let go between steps; here none are."""
+
+    def reduce(self, group: Group) -> None:
+        """Sum the gradient over all ranks of a group, in its library's order."""
+        flat = self.take_term()
+        group.sum_in_place(flat, "finish")
+        self.put_terms([flat])
 
     def close_term(self) -> None:
         """Add what the backward left since the last call, as one term, to the gradient of the masters."""
@@ -164,16 +190,19 @@ class PoolOptimizer:
         made = math.isfinite(norm)
         if made:
             limit = self.config.clip_norm
-            if limit and norm > limit:
-                for master in self._trainable():
-                    if master.grad is not None:
-                        master.grad.mul_(limit / norm)
-            for group in self._adam.param_groups:
-                group["lr"] = rate_of_part[group["part"]]
-            self._adam.step()
-            self._round_weights()
+            self._step(limit / norm if limit and norm > limit else 1.0, rate_of_part)
         self.clear()
         return norm, made
+
+    def _step(self, scale: float, rate_of_part: Mapping[str, float]) -> None:
+        if scale != 1.0:
+            for master in self._trainable():
+                if master.grad is not None:
+                    master.grad.mul_(scale)
+        for group in self._adam.param_groups:
+            group["lr"] = rate_of_part[group["part"]]
+        self._adam.step()
+        self._round_weights()
 
     def clear(self) -> None:
         """Forget the gradient."""
@@ -200,9 +229,13 @@ class PoolOptimizer:
             if master is not self.parameters[name]:
                 master.copy_(weights[name])
 
-    def trained(self) -> nn.Module:
-        """A copy of the network in host memory, as it is saved: with masters for weights."""
-        return copy_with(self.module, self.masters)
+    def trained(self, here: bool = True) -> nn.Module | None:
+        """A copy of the network in host memory, as it is saved: with masters for weights.
+
+        Args:
+            here: Whether this rank needs it; without, None.
+        """
+        return copy_with(self.module, self.masters) if here else None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """A copy of the optimizer state in host memory by parameter name, for safetensors."""

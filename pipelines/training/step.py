@@ -17,7 +17,7 @@ from actors.feeder import PayloadKey
 from actors.placement import pool_config
 from actors.pool import Pool
 from omni_ray.bridge.route import RouteTable
-from omni_ray.config.parallel import is_sharded, sends_terms_on
+from omni_ray.config.parallel import has_deepspeed, is_sharded, sends_terms_on
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import emit
 from omni_ray.observability.spans import span
@@ -115,7 +115,8 @@ class StepDriver:
         # Those that do not train now, too: a stage before may have let go of weights.
         shared = [name for name in POOLS if name in self.pools and is_sharded(pool_config(self.recipe, name))]
         self.shards = {name: self.pools[name].all("give_weights") for name in shared}
-        for name in filter(self._sharded, shared):
+        under_deepspeed = ["language"] if self._under_deepspeed() and self.live["language"] else []
+        for name in [*filter(self._sharded, shared), *under_deepspeed]:
             rest, state, whole = zip(*ray.get(self.pools[name].all("bytes_at_rest")), strict=True)
             facts = {"rank_bytes": list(rest), "rank_state_bytes": list(state), "whole_bytes": whole[0]}
             emit("sharded", pool=name, shard=pool_config(self.recipe, name).shard, **facts)
@@ -131,6 +132,9 @@ class StepDriver:
         else:
             why = "the pool computes on the CPU, where masters and moments lie in host memory anyway"
             emit("offload_idle", pool=name, reason=why)
+
+    def _under_deepspeed(self) -> bool:
+        return has_deepspeed(self.recipe.pools.language)
 
     def _sharded(self, name: str) -> bool:
         return self.live[name] and is_sharded(pool_config(self.recipe, name))
@@ -207,6 +211,9 @@ class StepDriver:
                 taken = actor.take_weights.remote(*shards)
                 calls.append(Submitted(name, rank, "take_weights", -1, (taken,), tuple(shards)))
         self.shards = {}
+        if self._under_deepspeed() and self.recipe.pools.language.shard == "zero3":
+            for rank, ref in enumerate(self.pools["language"].all("gather_weights")):
+                calls.append(Submitted("language", rank, "gather_weights", -1, (ref,)))
         return calls
 
     def _encode(self, step: _Step, index: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from omni_ray.checkpoint import store
 from omni_ray.config.load import save_recipe
+from omni_ray.observability.events import EventLog, event_log_to, read_events
 from omni_ray.training.prepare import StepBuilder
 from omni_ray.training.reference import Reference
 from omni_ray.types.batch import StepPlan
@@ -188,15 +189,35 @@ def test_stop_signal_then_resume_ends_with_the_same_bits(
 @pytest.mark.ray
 def test_pools_that_do_not_fit_are_refused(base: Path, ray_cluster: None, tmp_path: Path) -> None:
     recipe = mini_recipe(base, pools={"vision": {"resources": {"custom": {"vision_gpu": 2}}}})
-    with pytest.raises(ResourceError, match="the pools ask for 2 vision_gpu, yet the cluster has 0"):
+    with pytest.raises(ResourceError, match="the pools ask for 2 vision_gpu, yet the cluster has 0; lower pools"):
         train(recipe, tmp_path, quiet=True)
+    waits = recipe.model_copy(update={"pools": recipe.pools.model_copy(update={"wait_s": 1.5})})
+    events, started = tmp_path / "events.jsonl", time.monotonic()
+    text = r"the pools ask for 2 vision_gpu, yet the cluster has 0 after 1.5 s; lower pools"
+    with event_log_to(EventLog(jsonl=events)), pytest.raises(ResourceError, match=text):
+        train(waits, tmp_path, quiet=True)
+    assert time.monotonic() - started >= 1.5
+    told = [event for event in read_events(events) if event["event"] == "waiting_for_cluster"]
+    assert [event["short"] for event in told] == ["the pools ask for 2 vision_gpu, yet the cluster has 0"]
+    assert told[0]["at_most_s"] == 1.5
 
 
 def test_second_driver_of_a_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    """As long as the first one's process lives, and no longer: a killed one leaves nothing to clear away."""
     from pipelines.training.checkpoint import lock_run
 
-    with lock_run(tmp_path), pytest.raises(CheckpointError, match="another run writes"):
+    hold = "import sys, time; from pathlib import Path; from pipelines.training.checkpoint import lock_run\n"
+    hold += "with lock_run(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(CheckpointError, match=f"another run writes {tmp_path}; wait for it, or choose another --out"):
         train(mini_recipe(base), tmp_path, quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"], "the second has touched nothing"
+    first.kill()
+    first.communicate()
+    with lock_run(tmp_path):
+        pass
 
 
 def test_too_long_sample_is_refused_by_name(base: Path) -> None:

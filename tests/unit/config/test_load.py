@@ -14,7 +14,8 @@ REFUSED = {
     "stagez=1": "unknown key 'stagez'; the nearest known key is 'stages'",
     "stages.0.lr.peek=1": "unknown key 'stages.0.lr.peek'; the nearest known key is 'peak'",
     "pools.language.cp=2": "pools.language.actors is 1, yet dp x cp x pp is 1 x 2 x 1; set actors to their product",
-    "pools.language.backend=deepspeed": "pools.language.backend is deepspeed, which is not built yet",
+    "pools.language.backend=deepspeed": "pools.language.backend is deepspeed and schedule.reduce is ordered; choose "
+    "fast, or pools.language.backend native",
     "pools.speech.precision=bf16": "pools.speech.precision is bf16, yet the codec's ids are made in fp32; choose fp32",
     "serving.pools.audio.resources.gpu=0.5": "serving.pools.audio.resources.gpu is 0.5, which is not built yet",
     "pools.vision.shard=hsdp": "pools.vision.shard is hsdp with recompute none: graphs that wait for their backward",
@@ -28,6 +29,25 @@ REFUSED = {
     "stages.S9.steps=1": "'S9' is neither a name nor a number below",
     "stages.S0.mixture={nothing: 1}": "stage S0 draws from 'nothing', which data.sources lacks",
 }
+
+
+UNDER_DEEPSPEED = {
+    "shard=hsdp": "pools.language.shard is hsdp; choose zero1, zero2 or zero3",
+    "actors=1": "pools.language.actors is 1; choose at least 2: there is nothing to share, or native",
+    "precision=bf16": "pools.language.precision is bf16; choose fp32, or native",
+    "offload=cpu": "pools.language.offload is cpu; choose none, or native",
+    "resources.gpu=1": "pools.language.resources.gpu is 1.0; choose 0, or native",
+}
+
+
+@pytest.mark.parametrize("word", UNDER_DEEPSPEED)
+def test_what_deepspeed_cannot_go_with_is_refused(word: str) -> None:
+    words = ["backend=deepspeed", "shard=zero2", "actors=2"]
+    fits = ["schedule.reduce=fast", *(f"pools.language.{given}" for given in words)]
+    assert load_recipe("tiny", fits).pools.for_serving().language.backend == "native"
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("tiny", [*fits, f"pools.language.{word}"])
+    assert f"pools.language.backend is deepspeed and {UNDER_DEEPSPEED[word]}" in str(caught.value)
 
 
 @pytest.mark.parametrize("word", REFUSED)
