@@ -201,7 +201,7 @@ def _held(
     """What was not given back."""
     total = sum(stayed.values()) + max(0, stormy["tasks_left"])
     what = "; ".join(f"{name} {count}" for name, count in stayed.items()) or "nothing stayed"
-    against = f"sessions, cache pages, actors, tasks, threads, files of server and clients after over before: {what}"
+    against = f"sessions, cache pages, actors, connections, tasks, threads held after over before: {what}"
     yield counted("leaks", total, n=sessions, against=against)
     injected = replace(
         negative_control(control, "a stream on a replica that nobody ends"), name="negative_control_leak"

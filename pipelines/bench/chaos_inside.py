@@ -54,9 +54,9 @@ def census() -> dict[str, Any]:
 def leaks(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
     """What is held after and was not before, by name: nothing of a session may stay anywhere."""
     grown = {"actors": after["actors"] - before["actors"]}
-    for what in ("sessions", "in_flight"):
+    for what in ("sessions", "in_flight", "connections"):
         grown[f"gateway {what}"] = after["gateway"][what]
-    for what in ("threads", "tasks", "files"):
+    for what in ("threads", "tasks"):
         grown[f"gateway {what}"] = after["gateway"][what] - before["gateway"][what]
     for stage in STAGES:
         for what in ("sessions", "pages"):

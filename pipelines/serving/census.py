@@ -13,7 +13,7 @@ _PROC = Path("/proc/self")
 
 
 def process_census() -> dict[str, int]:
-    """Process id, threads, tasks of the running event loop, open files and resident bytes, garbage collected first.
+    """Process id, threads, tasks of the running event loop, and resident bytes, garbage collected first.
 
     Workers of bounded pools, which start when they are needed and stay, are no threads here.
     """
@@ -22,7 +22,6 @@ def process_census() -> dict[str, int]:
         "pid": os.getpid(),
         "threads": sum(not thread.name.startswith(POOLED) for thread in threading.enumerate()),
         "tasks": len(asyncio.all_tasks()),
-        "files": len(list((_PROC / "fd").iterdir())) if (_PROC / "fd").is_dir() else 0,
         "rss_bytes": _resident_bytes(),
     }
 

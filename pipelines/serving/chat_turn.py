@@ -67,7 +67,7 @@ class ChatTurn:
         self._text, self._frames, self._stop = TextReader(tokenizer), FrameReader(), StopFilter(stops)
         self._eos = tokenizer.eos_id
         self._ended_words = False
-        self._voice = Voice(session, 0)
+        self._decoder = Voice(session, 0)
         self.finished = False
         self.text_rows = 0
         self.audio_rows = 0
@@ -125,9 +125,9 @@ class ChatTurn:
             codes.append(frame)
 
     async def _say(self, codes: list[NDArray[np.int64]], final: bool) -> NDArray[np.float32]:
-        if not codes and not (final and self._voice.begun):
+        if not codes and not (final and self._decoder.begun):
             return np.zeros(0, np.float32)
-        return await self._voice.say(codes, final, self._stages)
+        return await self._decoder.say(codes, final, self._stages)
 
 
 async def _rows(stages: Stages, prompt: Prompt) -> Rows:

@@ -119,7 +119,7 @@ class Response:
         """``facts``: fields of the response object that stay as they are: conversation_id, metadata, audio, ..."""
         self.id, self.item = new_id("resp"), Item(id=new_id("item"), role="assistant", status="in_progress")
         self.voice, self.form, self.facts = voice, form, dict(facts)
-        self._voice = Voice(session, number)
+        self._decoder = Voice(session, number)
         self._emit_now, self._room = emit, room
         self._held: list[Mapping[str, Any]] | None = []
         self._text, self._frames, self._writer = TextReader(tokenizer), FrameReader(), SoundWriter(form)
@@ -164,12 +164,12 @@ class Response:
             if frame is not None:
                 codes.append(frame)
         self.done.finished = self.done.finished or part.ended
-        if self.voice and (codes or (part.ended and self._voice.begun)):
+        if self.voice and (codes or (part.ended and self._decoder.begun)):
             await self._sound(codes, part.ended, stages)
 
     async def finish_sound(self, stages: Stages) -> None:
         """The answer was cut at its longest: what the decoder still holds."""
-        if self.voice and not self.done.finished and self._voice.begun:
+        if self.voice and not self.done.finished and self._decoder.begun:
             await self._sound([], True, stages)
 
     def finish(self, status: str, reason: str | None = None, error: Mapping[str, Any] | None = None) -> None:
@@ -230,7 +230,7 @@ class Response:
         }
 
     async def _sound(self, codes: list[NDArray[np.int64]], final: bool, stages: Stages) -> None:
-        wave_S = await self._voice.say(codes, final, stages)
+        wave_S = await self._decoder.say(codes, final, stages)
         raw = self._writer.push(wave_S) + (self._writer.flush() if final else b"")
         if raw and not self.timing.first_sound:
             self.timing.first_sound = time.monotonic()
