@@ -111,7 +111,7 @@ class Limits(Checked):
     """A WebSocket ping is sent so often."""
     half_open_s: PositiveFloat = 30.0
     """A peer that has answered no ping for so long is let go."""
-    stage_s: PositiveFloat = 4.0
+    stage_s: PositiveFloat = 3.0
     """A stage that gives no sign of life for so long has failed on what was asked of it, and the client is told."""
     unused_s: PositiveFloat = 900.0
     """A stage forgets a session that nobody has used for so long; it is built again where it is asked for."""

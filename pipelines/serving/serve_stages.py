@@ -19,6 +19,8 @@ from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows, SessionLos
 
 READY_TIMEOUT_S = 5.0
 FREE_TIMEOUT_S = 30.0
+AGAIN = 16
+"""Part of the patience that a stage is given which was silent before."""
 
 
 class ServeStages:
@@ -28,9 +30,11 @@ class ServeStages:
     A replica that does not know the session says so, and the gateway builds it there again.
     """
 
-    def __init__(self, patience_s: float = 4.0, **stages: DeploymentHandle) -> None:
+    def __init__(self, patience_s: float = 3.0, **stages: DeploymentHandle) -> None:
         """``patience_s``: longest time without a sign of life from a stage; then what was asked of it has failed."""
         self._stages, self._patience_s = stages, patience_s
+        self._silent: set[str] = set()
+        """Stages that gave no sign of life when they were last asked: nobody waits long for them once more."""
         self._sticky: dict[str, dict[tuple[str, str], Any]] = {}
         self._freeing: set[asyncio.Task[None]] = set()
 
@@ -104,16 +108,17 @@ class ServeStages:
         """
         work = asyncio.ensure_future(_awaited(response))
         try:
-            while not (await asyncio.wait({work}, timeout=self._patience_s / 2))[0]:
-                probe = asyncio.create_task(self._answers(name, session, self._patience_s / 2))
+            while not (await asyncio.wait({work}, timeout=self._half(name)))[0]:
+                probe = asyncio.create_task(self._answers(name, session, self._half(name)))
                 try:
                     await asyncio.wait({work, probe}, return_when=asyncio.FIRST_COMPLETED)
-                    if not work.done() and not probe.result():
-                        emit("stage_silent", stage=name)
-                        raise unavailable(name)
+                    if not work.done():
+                        self._judge(name, probe.result())
                 finally:
                     probe.cancel()
-            return await work
+            done = await work
+            self._silent.discard(name)
+            return done
         except BackPressureError:
             raise busy(f"the {name} stage is full") from None
         except (RayError, RayServeException) as error:
@@ -121,6 +126,23 @@ class ServeStages:
         finally:
             if not work.done():
                 work.cancel()
+
+    def _judge(self, name: str, answered: bool) -> None:
+        """Note what a probe found.
+
+        Raises:
+            ApiError: 503, nothing.
+        """
+        if answered:
+            self._silent.discard(name)
+            return
+        self._silent.add(name)
+        emit("stage_silent", stage=name)
+        raise unavailable(name)
+
+    def _half(self, name: str) -> float:
+        """Half the patience with a stage: that of a wait, and that of a probe."""
+        return self._patience_s / (AGAIN if name in self._silent else 2)
 
     async def _answers(self, name: str, session: str, timeout_s: float) -> bool:
         """Whether the replica that has this session answers in time."""
