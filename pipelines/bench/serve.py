@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.bench.serve_inside import batch, rollbacks
+from pipelines.bench.serve_inside import batch, hearing, rollbacks
 from pipelines.bench.serve_material import write_checkpoint
 from pipelines.bench.writer import BenchReport, Figure, counted, environment, measured
 
@@ -37,6 +37,7 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder), {"limits": {"max_sessions": MOST_SESSIONS}})
         inside = rollbacks(checkpoint, 100 if quick else 1000, seed)
+        heard = [hearing(checkpoint, MOST_SESSIONS, 12) for _ in range(5)]
         pairs = [(batch(checkpoint, 16, 40), batch(checkpoint, 1, 40)) for _ in range(5)]
         with serve(checkpoint, port=0, block=False) as served:
             live = _live(served.url, quick, seed)
@@ -45,6 +46,9 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
     ratios = [together / alone for together, alone in pairs]
     against = "rows/s of 16 sessions in one batch over one session"
     figures.append(measured("batch16_over_single", ratios, unit="ratio", better="higher", goal=6.0, against=against))
+    ratios = [together / alone for together, alone in heard]
+    against = "packets/s of 8 sessions through the audio encoder together over one by one"
+    figures.append(measured("hear8_together_over_alone", ratios, unit="ratio", better="higher", against=against))
     return BenchReport(bench="serve", figures=tuple(figures), environment=environment(seed=seed, quick=quick))
 
 

@@ -22,6 +22,7 @@ from pipelines.serving.local_stages import LocalStages
 from pipelines.serving.realtime.context import Template
 from pipelines.serving.realtime.items import Item
 from pipelines.serving.realtime.session import Session
+from pipelines.serving.rooms import AudioRoom, Packet
 from pipelines.serving.session_engine import SessionEngine
 from pipelines.serving.sound import Format, SoundReader
 from pipelines.serving.stages import AnswerOptions, Rows
@@ -91,6 +92,24 @@ def batch(checkpoint: Path, sessions: int, steps: int) -> float:
         engine.step(running)
         made += len(running)
     return made / (time.perf_counter() - began)
+
+
+def hearing(checkpoint: Path, sessions: int, packets: int) -> tuple[float, float]:
+    """Packets of a second encoded per second of this process's time, all sessions together and one by one."""
+    encoder = load_model(checkpoint).audio
+    draws = np.random.default_rng(sessions)
+    wave_S = (0.1 * draws.normal(size=16000)).astype(np.float32)
+    rates = []
+    for together in (True, False):
+        room = AudioRoom(encoder)
+        room.hear("warm", 1, 0, wave_S, False)
+        began = time.process_time()
+        for number in range(packets):
+            asked = [Packet(str(session), 1, number, wave_S, False) for session in range(sessions)]
+            for group in [asked] if together else [[one] for one in asked]:
+                room.hear_together(group)
+        rates.append(sessions * packets / (time.process_time() - began))
+    return rates[0], rates[1]
 
 
 def _turn(seed: int) -> np.ndarray:

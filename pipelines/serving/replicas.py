@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -22,8 +23,9 @@ from omni_ray.config.recipe import Recipe
 from omni_ray.config.serving import ServePool
 from omni_ray.data.tokenizer import Tokenizer
 from pipelines.serving.census import process_census
+from pipelines.serving.desk import Desk
 from pipelines.serving.language_loop import LanguageLoop
-from pipelines.serving.rooms import AudioRoom, SpeechRoom
+from pipelines.serving.rooms import AudioRoom, Packet, SpeechRoom
 from pipelines.serving.session_engine import SessionEngine
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
 
@@ -132,6 +134,7 @@ class AudioReplica(WorkerReplica):
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint)
         self._room = AudioRoom(self.worker.network)
+        self._desk = Desk(functools.partial(self._alone, self._room.hear_together))
 
     async def features(self, media: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """Rows [n, D] of every item; waves [S] at 16 kHz in."""
@@ -141,11 +144,12 @@ class AudioReplica(WorkerReplica):
         self, session: str, turn: int, packet: int, wave_S: NDArray[np.float32], final: bool
     ) -> NDArray[np.float32]:
         """See :meth:`pipelines.serving.rooms.AudioRoom.hear`."""
-        rows_ND: NDArray[np.float32] = await self._alone(self._room.hear, session, turn, packet, wave_S, final)
+        rows_ND: NDArray[np.float32] = await self._desk.ask(Packet(session, turn, packet, wave_S, final))
         return rows_ND
 
     async def forget(self, session: str) -> None:
         """Free a session, after what runs for it."""
+        self._desk.forget(session)
         async with self._one_at_a_time:
             self._room.forget(session)
 

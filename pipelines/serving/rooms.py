@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -12,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from omni_ray.models.audio_encoder import AudioEncoder, AudioState
+from omni_ray.models.audio_streams import join, shape_of, split
 from omni_ray.models.codec import Codec
 from omni_ray.models.codec_stream import CodecStream
+from omni_ray.types.errors import OmniError
 from pipelines.serving.stages import SessionLostError
 
 MOST_SESSIONS = 4096
@@ -58,6 +62,20 @@ class Kept(Generic[T]):
         return len(self._held)
 
 
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A piece of a running sound."""
+
+    session: str
+    turn: int
+    number: int
+    """In its turn, from 0."""
+    wave_S: NDArray[np.float32]
+    """At the encoder's rate."""
+    final: bool
+    """The sound ends here, for this answer."""
+
+
 class AudioRoom:
     """Running sounds: the state after the last whole packet of each session's turn."""
 
@@ -65,7 +83,6 @@ class AudioRoom:
         self.encoder = encoder
         self._states: Kept[tuple[int, int, AudioState]] = Kept()
 
-    @torch.no_grad()
     def hear(
         self, session: str, turn: int, packet: int, wave_S: NDArray[np.float32], final: bool
     ) -> NDArray[np.float32]:
@@ -74,19 +91,64 @@ class AudioRoom:
         Raises:
             SessionLostError: the packet before this one was not heard here.
         """
-        if packet == 0:
-            state = self.encoder.initial_state()
+        (result,) = self.hear_together([Packet(session, turn, packet, wave_S, final)])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    @torch.no_grad()
+    def hear_together(self, packets: Sequence[Packet]) -> list[NDArray[np.float32] | Exception]:
+        """As :meth:`hear` for each, in their order; those of one shape go through the encoder in one forward.
+
+        Returns:
+            Rows, or what there is to raise.
+        """
+        out: dict[int, NDArray[np.float32] | Exception] = {}
+        groups: dict[Any, list[tuple[int, AudioState]]] = {}
+        seen: set[str] = set()
+        for place, packet in enumerate(packets):
+            state = self._state_before(packet)
+            if isinstance(state, Exception):
+                out[place] = state
+                continue
+            # Two packets of one session cannot share a forward: the second goes on from the first.
+            alone = place if packet.session in seen else None
+            seen.add(packet.session)
+            key = packet.final, len(packet.wave_S), shape_of(state), alone
+            groups.setdefault(key, []).append((place, state))
+        for group in groups.values():
+            places = [place for place, _ in group]
+            try:
+                made = self._forward([packets[place] for place in places], [state for _, state in group])
+            except OmniError as error:
+                made = [error] * len(places) if len(places) == 1 else self._one_by_one(packets, places)
+            out.update(zip(places, made, strict=True))
+        return [out[place] for place in range(len(packets))]
+
+    def _one_by_one(self, packets: Sequence[Packet], places: Sequence[int]) -> list[NDArray[np.float32] | Exception]:
+        """A packet that cannot be encoded fails by itself, not those beside it."""
+        return [self.hear_together([packets[place]])[0] for place in places]
+
+    def _state_before(self, packet: Packet) -> AudioState | Exception:
+        if packet.number == 0:
+            return self.encoder.initial_state()
+        kept = self._states.get(packet.session)
+        if kept is None or kept[:2] != (packet.turn, packet.number):
+            words = f"packet {packet.number} of turn {packet.turn} follows nothing that this replica heard"
+            return SessionLostError(words)
+        return kept[2]
+
+    def _forward(
+        self, packets: Sequence[Packet], states: Sequence[AudioState]
+    ) -> list[NDArray[np.float32] | Exception]:
+        wave_BS = torch.from_numpy(np.stack([np.array(packet.wave_S, np.float32) for packet in packets]))
+        rows_BND, after = self.encoder(wave_BS, join(states))
+        if packets[0].final:
+            rows_BND = torch.cat([rows_BND, self.encoder.flush(after)], dim=1)
         else:
-            kept = self._states.get(session)
-            if kept is None or kept[:2] != (turn, packet):
-                raise SessionLostError(f"packet {packet} of turn {turn} follows nothing that this replica heard")
-            state = kept[2]
-        rows_BND, after = self.encoder(torch.from_numpy(np.array(wave_S, np.float32))[None], state)
-        if final:
-            return torch.cat([rows_BND, self.encoder.flush(after)], dim=1)[0].numpy()
-        self._states.put(session, (turn, packet + 1, after))
-        rows: NDArray[np.float32] = rows_BND[0].numpy()
-        return rows
+            for packet, state in zip(packets, split(after), strict=True):
+                self._states.put(packet.session, (packet.turn, packet.number + 1, state))
+        return [rows_ND.numpy().copy() for rows_ND in rows_BND]
 
     def forget(self, session: str) -> None:
         """Free a session's stream."""
