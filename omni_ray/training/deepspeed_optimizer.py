@@ -38,6 +38,7 @@ class DeepSpeedOptimizer(PoolOptimizer):
 
     def __init__(self, pool: str, module: nn.Module, config: OptimizerConfig, level: int) -> None:
         super().__init__(pool, module, config)
+        self._adam.param_groups.clear()  # the engine has an AdamW of its own
         self.level = level
         self._engine: Any = None
         self._block: Any = None
@@ -171,6 +172,8 @@ class DeepSpeedOptimizer(PoolOptimizer):
         if self._engine is not None:
             for key in self._zero.averaged_gradients:
                 self._zero.averaged_gradients[key] = None
+            # Where a step was skipped the next gradient must replace this one, and not be added to it.
+            self._zero.micro_step_id = 0 if self.level == 3 else -1
 
     # --- state -------------------------------------------------------------------------------------------------------
 

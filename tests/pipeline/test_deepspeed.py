@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import torch
 from mini_world import STAGES, differing, mini_recipe, weights, write_components, write_world
 from torch import Tensor
 
+from actors.pool_actor import PoolActor
 from omni_ray.config.recipe import Recipe
 from omni_ray.observability.events import EventLog, event_log_to, read_events
 from omni_ray.training.prepare import StepBuilder
@@ -51,10 +55,10 @@ def alone(base: Path) -> tuple[list[float], dict[str, Tensor]]:
     return norms, weights(base / "reference")
 
 
-def recipe_of(base: Path, **language: Any) -> Recipe:
+def recipe_of(base: Path, turns: Any = TURNS, **language: Any) -> Recipe:
     saved = {"every_steps": 4, "snapshot_every": 3, "keep": 9}
     pools = {"language": language, "vision": {"actors": 2}}
-    return mini_recipe(base, stages=TURNS, schedule={"reduce": "fast"}, pools=pools, checkpoint=saved)
+    return mini_recipe(base, stages=turns, schedule={"reduce": "fast"}, pools=pools, checkpoint=saved)
 
 
 @needs_deepspeed
@@ -94,6 +98,38 @@ def test_zero_comes_close_to_the_reference(
         assert result.recoveries == 1
         assert result.checkpoint is not None
         assert differing(weights(result.checkpoint), whole) == []
+
+
+class Poisoned(PoolActor):
+    """The audio encoder's gradient of the second step is no number."""
+
+    closed = 0
+
+    def finish(self, *others: Any) -> float:
+        """Close the step's gradient."""
+        if self.worker.rank.pool == "audio" and self.closed == 1:
+            next(p for p in self.worker.network.parameters() if p.grad is not None).grad.view(-1)[0] = torch.nan
+        self.closed += 1
+        return super().finish(*others)
+
+
+@needs_deepspeed
+@pytest.mark.ray
+@pytest.mark.full
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_skipped_step_leaves_nothing_behind(base: Path, ray_cluster: None, tmp_path: Path, level: int) -> None:
+    """Another pool's gradient was no number: as if the step had never been."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    recipe = recipe_of(base, [STAGES[2]], actors=2, backend="deepspeed", shard=f"zero{level}")
+    builder, oracle = StepBuilder(recipe, base / "world"), Reference(recipe)
+    for step in (0, 2, 3):
+        oracle.step(builder.build(step))
+    oracle.save(tmp_path / "reference")
+    result = train(recipe, tmp_path / "run", quiet=True, actor=Poisoned)
+    assert result.checkpoint is not None
+    stepped = [json.loads(line)["stepped"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert stepped == [True, False, True, True]
+    assert apart(weights(result.checkpoint), weights(tmp_path / "reference")) < TOLERANCE
 
 
 def check_bytes(told: list[dict[str, Any]], level: int, ranks: int) -> None:

@@ -25,6 +25,12 @@ MIXTURE: dict[str, Any] = {
     "gap": {"every_steps": 2, "samples": 4, "split": "train", "decay": 0.5},
 }
 
+SHARES = {
+    "language": {"actors": 2, "shard": "zero3"},
+    "vision": {"actors": 2, "shard": "hsdp", "recompute": "full"},
+}
+"""Pools whose ranks let go of each other's weights, and take them in again to measure."""
+
 
 @pytest.mark.ray
 def test_weights_follow_the_gap_and_resume_keeps_them(tmp_path: Path, ray_cluster: None) -> None:
@@ -53,10 +59,9 @@ def test_weights_follow_the_gap_and_resume_keeps_them(tmp_path: Path, ray_cluste
     newest = store.newest(tmp_path / "whole" / "checkpoints")
     assert newest is not None
     (tmp_path / "whole" / "checkpoints" / store.checkpoint_name(3)).rename(half / store.checkpoint_name(3))
-    pools = {name: {"actors": 2} for name in ("language", "vision")}
     wider = recipe.model_copy(
         update={
-            "pools": Pools.model_validate(pools),
+            "pools": Pools.model_validate(SHARES),
             "data": recipe.data.model_copy(update={"workers": 2, "prefetch_steps": 1}),
         }
     )
