@@ -16,7 +16,8 @@ def bench(args: Namespace) -> Outcome:
         lines = [f"{name:16} {'' if name in built else '(not built yet) '}{what}" for name, what in BENCHES.items()]
         document = [{"bench": name, "built": name in built, "measures": what} for name, what in BENCHES.items()]
         return Outcome(text="\n".join(lines), document=document)
-    report = run_bench(args.name, quick=args.quick, seed=args.seed)
+    checkpoint = args.checkpoint.resolve() if args.checkpoint else None
+    report = run_bench(args.name, quick=args.quick, seed=args.seed, checkpoint=checkpoint)
     return Outcome(text=report.table(), document=report.to_json())
 
 

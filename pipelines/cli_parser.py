@@ -322,6 +322,7 @@ def _add_measuring(commands: _Commands) -> None:
     bench.add_argument("name", metavar="NAME", help="name of a bench; `list` says which there are")
     bench.add_argument("--quick", action="store_true", help="fewer repeats; same load, sizes and figures")
     bench.add_argument("--seed", type=int, default=0, help="other inputs")
+    bench.add_argument("--checkpoint", type=Path, help="codec: whose speech is judged (default: the quickstart's)")
     doctor = commands.add(
         "doctor",
         "pipelines.cli_measure:doctor",

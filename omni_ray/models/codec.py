@@ -130,14 +130,12 @@ class Codec(nn.Module):
 
     def stream(self) -> CodecStream:
         """A new streaming decoder: push rows of codes, take sound, flush. Weights are packed once and shared."""
-        if self._frames is None:
-            self._frames = FrameDecoder(self.decoder)
         return CodecStream(self)
 
     def frame_decoder(self) -> FrameDecoder:
         """The packed decoder that all streams of this codec share; :meth:`stream` makes it."""
         if self._frames is None:
-            self._frames = FrameDecoder(self.decoder)
+            self._frames = FrameDecoder(self.decoder, self.quantizer)
         return self._frames
 
     def train(self, mode: bool = True) -> Self:

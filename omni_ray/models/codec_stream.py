@@ -9,7 +9,7 @@ Legend: D input width, C channels of a stage, T samples a frame of a stage, K = 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from omni_ray.models.audio_decoder import LOOKAHEAD_FRAMES, AudioDecoder, UpsampleStage
 from omni_ray.models.codec_blocks import KERNEL, ResidualUnit, Snake, folded_weight
+from omni_ray.models.quantizer import Quantizer
 from omni_ray.types.errors import RequestError
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ class _PackedUnit:
     def __call__(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         inner, past = self.wide(self.snake_in(x), past)
         inner = self.snake_mid(inner)
-        product = torch.mm(inner, self.weight) if self.rows_are_time else torch.mm(self.weight, inner)
-        return product.add_(self.bias).add_(x), past
+        sides = (inner, self.weight) if self.rows_are_time else (self.weight, inner)
+        return torch.addmm(x, *sides).add_(self.bias), past
 
 
 class _PackedStage:
@@ -130,14 +131,43 @@ class _PackedStage:
         return x
 
 
+class RowTables:
+    """What every code adds to the decoder's input, read once: a look-up instead of six products."""
+
+    @torch.no_grad()
+    def __init__(self, decoder: AudioDecoder, quantizer: Quantizer) -> None:
+        levels: Iterable[Any] = quantizer.levels
+        self.group_codes = quantizer.group_codes
+        self.semantic = decoder.semantic.weight.detach().float()
+        self.groups: list[tuple[Tensor, Tensor]] = []
+        for level in levels:
+            first, second = (
+                out(book.entries_GP.t().unsqueeze(0))[0].t().float().contiguous()
+                for book, out in zip(level.codebooks, level.project_out, strict=True)
+            )
+            self.groups.append((first, second))
+
+    def __call__(self, codes_NK: Tensor) -> Tensor:
+        """Decoder input [N, D] of rows of codes; copies and sums of single values, so a row never feels its company."""
+        semantic_ND, latents_NZ = F.embedding(codes_NK[:, 0], self.semantic), None
+        for number, (first, second) in enumerate(self.groups[: codes_NK.shape[1] - 1], start=1):
+            code_N = codes_NK[:, number]
+            parts = (F.embedding(code_N // self.group_codes, first), F.embedding(code_N % self.group_codes, second))
+            level_NZ = torch.cat(parts, dim=1)
+            latents_NZ = level_NZ if latents_NZ is None else latents_NZ + level_NZ
+        assert latents_NZ is not None  # checked codes have an acoustic column
+        return torch.cat([semantic_ND, latents_NZ], dim=1)
+
+
 class FrameDecoder:
     """The decoder of a codec with weight norms folded, ready to run frame by frame on CPU in fp32."""
 
-    def __init__(self, decoder: AudioDecoder) -> None:
+    def __init__(self, decoder: AudioDecoder, quantizer: Quantizer) -> None:
         conv_in: Any = decoder.conv_in
         lstms: Iterable[Any] = decoder.glstm.lstms
         norms: Iterable[Any] = decoder.glstm.norms
         stages: Iterable[Any] = decoder.stages
+        self.rows = RowTables(decoder, quantizer)
         self.width: int = conv_in.in_channels
         self.lstms = [
             (
@@ -244,7 +274,7 @@ class CodecStream:
         if self._codebooks not in (None, codes_NK.shape[1]):
             raise RequestError(f"{codes_NK.shape[1]} codebooks after {self._codebooks}; one stream keeps to one number")
         self._codebooks = codes_NK.shape[1]
-        return self._sounds([self._row(code_K) for code_K in codes_NK])
+        return self._sounds(list(self._frames.rows(codes_NK).split(1)) if len(codes_NK) else [])
 
     @torch.inference_mode()
     def flush(self) -> Tensor:
@@ -260,13 +290,7 @@ class CodecStream:
         other._state, other._taken, other._codebooks = self._state, self._taken, self._codebooks
         return other
 
-    def _row(self, code_K: Tensor) -> Tensor:
-        """Decoder input [1, D] of one row of codes; always one row, so always the same bits."""
-        code_11K = code_K.view(1, 1, -1)
-        latents_1Z1 = self._codec.quantizer.read(code_11K[..., 1:])
-        return torch.cat([self._codec.decoder.semantic(code_11K[0, :, 0]), latents_1Z1[:, :, 0]], dim=1)
-
-    def _sounds(self, rows: list[Tensor | None]) -> Tensor:
+    def _sounds(self, rows: Sequence[Tensor | None]) -> Tensor:
         pieces = []
         for row in rows:
             self._state = self._frames.advance(row, self._state)

@@ -1,14 +1,17 @@
 """Benches: every name of the house's targets, each in a module of its own; those not built yet refuse by name.
 
 A bench ``some-name`` is the module ``pipelines/bench/some_name.py`` with ``run(*, quick: bool, seed: int) ->
-BenchReport``. ``quick`` cuts repeats only, never load, sizes or kinds.
+BenchReport``. ``quick`` cuts repeats only, never load, sizes or kinds. One that measures a trained model takes
+``checkpoint: Path | None`` as well.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_ray.types.errors import ConfigError, NotYetError
@@ -51,11 +54,11 @@ def built_benches() -> list[str]:
     return [name for name in BENCHES if find_spec(bench_module(name)) is not None]
 
 
-def run_bench(name: str, *, quick: bool = False, seed: int = 0) -> BenchReport:
+def run_bench(name: str, *, quick: bool = False, seed: int = 0, checkpoint: Path | None = None) -> BenchReport:
     """Run one bench.
 
     Raises:
-        ConfigError: an unknown name, with the nearest known one.
+        ConfigError: an unknown name, with the nearest known one; a checkpoint for a bench that measures none.
         NotYetError: a known bench that this version does not have.
     """
     if name not in BENCHES:
@@ -63,5 +66,9 @@ def run_bench(name: str, *, quick: bool = False, seed: int = 0) -> BenchReport:
         raise ConfigError(f"there is no bench {name!r}; the nearest is {nearest!r} (known: {', '.join(BENCHES)})")
     if name not in built_benches():
         raise NotYetError(f"bench {name!r} ({BENCHES[name]})", f"built so far: {', '.join(built_benches()) or 'none'}")
-    report: BenchReport = import_module(bench_module(name)).run(quick=quick, seed=seed)
+    run = import_module(bench_module(name)).run
+    if checkpoint is not None and "checkpoint" not in inspect.signature(run).parameters:
+        raise ConfigError(f"bench {name!r} measures no checkpoint; leave --checkpoint out")
+    further = {} if checkpoint is None else {"checkpoint": checkpoint}
+    report: BenchReport = run(quick=quick, seed=seed, **further)
     return report

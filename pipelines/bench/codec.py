@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,29 +16,29 @@ from torch import Tensor
 
 from omni_ray.models.codec import Codec
 from omni_ray.types.errors import DataError
-from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured, negative_control, not_run
+from pipelines.bench.codec_judged import judged_figures
+from pipelines.bench.codec_stream_memory import growth_elsewhere
+from pipelines.bench.codec_tts import tts_figures
+from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured, negative_control
 from pipelines.codec_files import load_codec
-from pipelines.peak_memory import tree_bytes
 
 ENCODE_S, DECODE_S = 10.0, 10.0
 """Length of the recording of a timing."""
 FIRST_FRAMES = 4
 """One frame of sound needs itself and three frames of look-ahead."""
 HOUR_S = 3600.0
-WARM_S = 120.0
-"""Streamed before memory is first looked at."""
+LEAK_S = 600.0
+"""Of the negative control."""
+GROWTH = 1.02
 REPEATS, QUICK_REPEATS = 15, 5
-LEVELS = (2, 3, 4)
 
 
-def run(*, quick: bool, seed: int) -> BenchReport:
-    """All figures of the codec; one thread."""
+def run(*, quick: bool, seed: int, checkpoint: Path | None = None) -> BenchReport:
+    """All figures of the codec; one thread. ``checkpoint``: whose language model speaks."""
     torch.set_num_threads(1)
     codec, fingerprint = load_codec(None)
-    figures = [*speed_figures(codec, QUICK_REPEATS if quick else REPEATS, seed), *word_figures(codec)]
-    why = "needs a trained checkpoint; omni-ray evaluate CHECKPOINT measures spoken_answer_word_accuracy"
-    figures.append(not_run("tts_over_codec_ceiling", why, unit="ratio", better="higher", goal=0.8))
-    figures += memory_figures(codec, seed)
+    figures = speed_figures(codec, QUICK_REPEATS if quick else REPEATS, seed)
+    figures += [*judged_figures(codec), *tts_figures(checkpoint), *memory_figures(seed)]
     facts = environment(seed=seed, quick=quick, codec=fingerprint, parameters=_count(codec), threads=1)
     return BenchReport(bench="codec", figures=tuple(figures), environment=facts)
 
@@ -117,54 +118,14 @@ class EncodecRival:
             self.model.decode(self.codes.audio_codes, self.codes.audio_scales)
 
 
-def word_figures(codec: Codec) -> list[Figure]:
-    """Words understood, reconstruction over original, of held-out phrases, for 2, 3 and 4 codebooks."""
-    from pipelines.components.codec_figures import RATIO_SETS, codec_figures
-    from pipelines.components.codec_material import held_out_clips
-
-    name, goal = "codec_word_accuracy_ratio", 0.9
-    try:
-        figures = codec_figures(codec, held_out_clips(None), codebooks=LEVELS)
-    except DataError as missing:
-        return [not_run(name, str(missing), unit="ratio", better="higher", goal=goal)]
-    told = "words heard in reconstructions over words heard in originals, unseen pairs and triples, grammar judge"
-    ratios = figures["codec_word_accuracy_ratio_by_codebooks"]
-    figure = Figure(
-        name=name,
-        value=ratios[str(max(LEVELS))],
-        unit="ratio",
-        better="higher",
-        goal=goal,
-        against=told,
-        n=sum(figures[part]["pocketsphinx grammar"]["original"]["words"] for part in RATIO_SETS),
-        runs=(ratios[str(max(LEVELS))],),
-        extra={"chance": figures["assistant_triples"]["chance"], "by_codebooks": ratios},
-    )
-    return [figure]
-
-
-def memory_figures(codec: Codec, seed: int) -> list[Figure]:
-    """Resident memory after one streamed hour over after two minutes; a leak put in on purpose must be seen."""
-    grown = stream_growth(codec, HOUR_S, seed, leak=False)
-    leaking = stream_growth(codec, 2 * WARM_S, seed, leak=True)
+def memory_figures(seed: int) -> list[Figure]:
+    """Memory after one streamed hour over after two minutes; a leak put in on purpose must be seen."""
+    grown = growth_elsewhere(HOUR_S, seed, leak=False)
+    leaking = growth_elsewhere(LEAK_S, seed, leak=True)
     return [
-        measured("memory_growth_1h", [grown], unit="ratio", better="lower", goal=1.02, against="one streamed hour"),
-        negative_control(int(leaking > 1.02), "a stream that keeps its sound"),
+        measured("memory_growth_1h", [grown], unit="ratio", better="lower", goal=GROWTH, against="one streamed hour"),
+        negative_control(int(leaking > GROWTH), f"a stream that keeps its sound, {LEAK_S:g} s: {leaking:.3f}"),
     ]
-
-
-def stream_growth(codec: Codec, seconds: float, seed: int, *, leak: bool) -> float:
-    """Resident memory at the end of a stream over after ``WARM_S`` of it."""
-    chance, stream = torch.Generator().manual_seed(seed), codec.stream()
-    kept: list[Tensor] = []
-    before = 0
-    for second in range(round(seconds)):
-        sound_S = stream.push(_random_codes(codec, round(codec.frame_rate_hz), chance))
-        if leak:
-            kept.append(sound_S.repeat(8))
-        if second == round(WARM_S):
-            before = tree_bytes()
-    return tree_bytes() / before
 
 
 def stream_all(codec: Codec, codes_NK: Tensor) -> int:

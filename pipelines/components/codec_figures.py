@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from omni_ray.data.tiny_world.words import COLOURS, DIGITS, all_words
 from omni_ray.evaluation.judges import Grammar, GrammarJudge, Judge, OpenJudge, WordScore, judge_clips
+from omni_ray.evaluation.signals import Wave, pesq, stoi
 from omni_ray.models.codec import Codec
+from omni_ray.types.errors import DataError
 from pipelines.components.codec_losses import FULL_BAND, SpectralLoss
 from pipelines.components.codec_material import Clip
 
@@ -30,12 +32,17 @@ RATIO_SETS = ("assistant_pairs", "assistant_triples")
 
 
 def codec_figures(
-    codec: Codec, held_out: dict[str, list[Clip]], *, open_judge: bool = False, codebooks: Sequence[int] = (4,)
+    codec: Codec,
+    held_out: dict[str, list[Clip]],
+    *,
+    open_judge: bool = False,
+    codebooks: Sequence[int] = (4,),
+    signals: bool = False,
 ) -> dict[str, Any]:
     """Word accuracy of originals and reconstructions by set, judge and number of codebooks, and the mel distance.
 
     ``codec_word_accuracy_ratio``, and the same ``_by_codebooks``: grammar judge over the assistant's unseen pairs and
-    triples, rebuilt / original.
+    triples, rebuilt / original. With ``signals`` each set has STOI, PESQ and mel distance by codebooks as well.
     """
     figures: dict[str, Any] = {}
     for name, clips in held_out.items():
@@ -50,6 +57,8 @@ def codec_figures(
         entry["spectral_loss_by_codebooks"] = {
             str(count): round(spectral_distance(clips, made[count]), 4) for count in codebooks
         }
+        if signals:
+            entry |= signal_figures(clips, made)
         for judge in judges:
             entry[judge.name] = {"original": _told(_heard(judge, clips, [clip.output_S for clip in clips]))}
             for count in codebooks:
@@ -59,6 +68,30 @@ def codec_figures(
     figures["codec_word_accuracy_ratio"] = ratios[str(max(codebooks))]
     figures["codec_word_accuracy_ratio_by_codebooks"] = ratios
     return figures
+
+
+def signal_figures(clips: Sequence[Clip], made: Mapping[int, Sequence[torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Means over clips by number of codebooks; a judge that cannot be asked says why under ``not_run``.
+
+    Args:
+        made: Number of codebooks -> the clips' reconstructions.
+    """
+    judges: dict[str, Callable[[Wave, Wave, int], float | None]] = {"stoi": stoi, "pesq": pesq}
+    told: dict[str, dict[str, Any]] = {
+        "mel_distance_by_codebooks": {str(k): round(spectral_distance(clips, waves), 4) for k, waves in made.items()}
+    }
+    for name, judge in judges.items():
+        by: dict[str, Any] = {}
+        try:
+            for count, waves in made.items():
+                pairs = zip(clips, waves, strict=True)
+                scores = [judge(clip.output_S.numpy(), wave_S.numpy(), 24000) for clip, wave_S in pairs]
+                known = [score for score in scores if score is not None]
+                by[str(count)] = round(sum(known) / len(known), 4) if known else None
+        except DataError as missing:
+            by = {"not_run": str(missing)}
+        told[f"{name}_by_codebooks"] = by
+    return told
 
 
 def rebuilt(codec: Codec, clip: Clip, codebooks: int) -> torch.Tensor:
