@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--leak", action="store_true", help="keep all sound: the fault that must be seen")
     options = parser.parse_args(arguments)
     if options.seconds <= WARM_S + 1:
-        parser.error(
-            f"--seconds is {options.seconds:g}; stream longer than the {WARM_S:g} s of warm-up"
-        )
+        parser.error(f"--seconds is {options.seconds:g}; stream longer than the {WARM_S:g} s of warm-up")
     print(json.dumps({"growth": stream_growth(options.seconds, options.seed, leak=options.leak)}))
     return 0
 

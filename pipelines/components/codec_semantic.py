@@ -70,8 +70,8 @@ def train_semantic(
     for step in range(recipe.steps):
         group = kinds[step % len(kinds)]
         places = [group[int(i)] for i in torch.randint(0, len(group), (recipe.clips,), generator=chance)]
-        varied = [_varied(features[place], recipe, chance) for place in places]
-        loss = _ctc(codec, head, varied, [spelling(clips[place].words) for place in places])
+        rows = [varied(features[place], recipe, chance) for place in places]
+        loss = ctc_part(codec, head, rows, [spelling(clips[place].words) for place in places])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 5.0)
@@ -88,12 +88,14 @@ def whole_frames(wave_S: Tensor, hop: int) -> Tensor:
     return F.pad(wave_S, (0, -wave_S.shape[0] % hop))
 
 
-def _varied(fbank_FC: Tensor, recipe: SemanticRecipe, chance: torch.Generator) -> Tensor:
+def varied(fbank_FC: Tensor, recipe: SemanticRecipe, chance: torch.Generator) -> Tensor:
+    """One clip's features [F, C], louder or quieter, with masks."""
     shift = (2.0 * torch.rand((), generator=chance) - 1.0) * recipe.gain_log
     return spec_augment(fbank_FC + shift, chance)
 
 
-def _ctc(codec: Codec, head: nn.Linear, features: Sequence[Tensor], targets: Sequence[list[int]]) -> Tensor:
+def ctc_part(codec: Codec, head: nn.Linear, features: Sequence[Tensor], targets: Sequence[list[int]]) -> Tensor:
+    """Mean over clips of the CTC loss over a clip's letters; clips too short for their letters count as nothing."""
     lengths = torch.tensor([(len(rows) + 2) // 6 for rows in features])
     padded_BFC = nn.utils.rnn.pad_sequence(list(features), batch_first=True)
     missing = -(padded_BFC.shape[1] + 2) % 6

@@ -75,7 +75,7 @@ class Cropper:
         return torch.stack([cls._cut(rows[place], span, unit) for place, span in zip(places, spans, strict=True)])
 
     def _place(self, kind: str) -> int:
-        group = self.kinds.get(kind) or self.kinds["assistant"]
+        group = self.kinds.get(kind) or self.kinds.get("assistant") or next(iter(self.kinds.values()))
         return group[int(torch.randint(0, len(group), (), generator=self.chance))]
 
     def _span(self, length: int, frames: int) -> tuple[int, int]:
@@ -136,10 +136,16 @@ def front_end(codec: Codec, semantic_BN: Tensor, latents_BZN: Tensor) -> Tensor:
 @torch.no_grad()
 def read_latents(codec: Codec, codes_BNK: Tensor, chance: torch.Generator) -> Tensor:
     """Latents of known codes, some crops with fewer levels."""
-    keep_B = dropped_levels(codes_BNK.shape[0], codec.config.levels, chance)
+    return known_latents(codec, codes_BNK, dropped_levels(codes_BNK.shape[0], codec.config.levels, chance))
+
+
+@torch.no_grad()
+def known_latents(codec: Codec, codes_BNK: Tensor, levels_B: Tensor) -> Tensor:
+    """Latents [B, Z, N] of known codes, every crop with so many levels."""
     levels: Iterable[Any] = codec.quantizer.levels
     parts = [
-        level.read(codes_BNK[..., 1 + number]) * (number < keep_B).view(-1, 1, 1) for number, level in enumerate(levels)
+        level.read(codes_BNK[..., 1 + number]) * (number < levels_B).view(-1, 1, 1)
+        for number, level in enumerate(levels)
     ]
     return torch.stack(parts).sum(dim=0)
 

@@ -53,5 +53,5 @@ def test_pesq_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *more, **keys)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match="pesq is not installed.*pip install pesq"):
+    with pytest.raises(DataError, match=r"pesq is not installed.*pip install pesq"):
         pesq(voiced(), voiced(), 10000)
