@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_use(commands)
     _add_data(commands)
     _add_codec(commands)
+    _add_components(commands)
     _add_checkpoint(commands)
     _add_planning(commands)
     _add_measuring(commands)
@@ -263,6 +264,25 @@ def _add_codec(commands: _Commands) -> None:
         parser.add_argument("--codec", type=Path, help="folder of a codec (default: the shipped one)")
         if name != "encode":
             parser.add_argument("--codebooks", type=int, choices=(2, 3, 4), help="use the first of them only")
+
+
+def _add_components(commands: _Commands) -> None:
+    components = commands.group("components", "train components by themselves")
+    train = components.add(
+        "train",
+        "pipelines.cli_components:train",
+        "train the speech codec's stages on Ray Train, data parallel and resumable",
+        f"{PROG} components train codec --stage 2 --workers 2 --out runs/codec --from my-codec",
+        json=True,
+    )
+    train.add_argument("name", metavar="NAME", choices=["codec"], help="codec")
+    train.add_argument("--stage", default="all", help="all, semantic-pretrain, semantic-ctc, kmeans, 1, 2 or 3")
+    train.add_argument("--workers", type=_positive, default=1, help="data-parallel workers; they change no number")
+    train.add_argument("--recipe", default="codec-tiny", help="preset name or path of a YAML file")
+    _add_set(train)
+    train.add_argument("--out", type=Path, default=Path("runs/codec"), help="folder of the run")
+    train.add_argument("--from", dest="start", metavar="CODEC", type=Path, help="codec to begin with")
+    train.add_argument("--resume", action="store_true", help="go on with what lies in --out")
 
 
 def _add_checkpoint(commands: _Commands) -> None:

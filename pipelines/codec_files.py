@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import zipfile
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from omni_ray.types.errors import CheckpointError, DataError, MediaError
+from omni_ray.types.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from omni_ray.models.codec import Codec
 
-LONGEST_S = 1800.0
-"""Longest recording of one call: half an hour of stereo at 48 kHz takes 0.7 GB while it is read."""
+LONGEST_S = 24 * 3600.0
+"""Longest recording of one call; it is read, coded and written in pieces, so memory does not feel its length."""
+WHOLE_S = 1800.0
+"""Longest sound track of a video, which is decoded whole: half an hour of stereo at 48 kHz takes 0.7 GB."""
+DECODE_FRAMES = 512
+"""Frames of sound written at a time (31 s)."""
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg")
 CODES_SUFFIX = ".npz"
 
@@ -58,13 +63,12 @@ def encode_file(source: Path, target: Path, *, codec: Path | None = None) -> dic
     """
     _check_suffix(target, (CODES_SUFFIX,))
     network, fingerprint = load_codec(codec)
-    wave_S = _read_sound(source, network.config.sample_rate_hz)
-    codes_NK = network.encode(wave_S, network.config.sample_rate_hz).numpy()
+    codes_NK, seconds = _encoded(source, network)
     out = io.BytesIO()
     np.savez(out, codes=codes_NK.astype(np.int32), codec=np.array(fingerprint))
-    _write_whole(target, out.getvalue())
+    _write_whole(target, lambda aside: aside.write_bytes(out.getvalue()))
     return {
-        "seconds": len(wave_S) / network.config.sample_rate_hz,
+        "seconds": seconds,
         "frames": len(codes_NK),
         "codebooks": codes_NK.shape[1],
         "bits_per_second": network.bits_per_second(),
@@ -90,10 +94,7 @@ def decode_file(
         raise DataError(
             f"{source} was made by codec {made_by}, this one is {fingerprint}; name its folder with --codec"
         )
-    codes_NK = codes_NK[:, : codebooks or codes_NK.shape[1]]
-    wave_S = network.decode(codes_NK).numpy()
-    _write_sound(target, wave_S, network.config.output_rate_hz)
-    return _sound_facts(wave_S, codes_NK, network)
+    return _decoded(codes_NK[:, : codebooks or codes_NK.shape[1]], target, network)
 
 
 def reconstruct_file(
@@ -106,11 +107,8 @@ def reconstruct_file(
     """
     _check_suffix(target, SOUND_SUFFIXES)
     network, _ = load_codec(codec)
-    codes_NK = network.encode(_read_sound(source, network.config.sample_rate_hz), network.config.sample_rate_hz).numpy()
-    codes_NK = codes_NK[:, : codebooks or codes_NK.shape[1]]
-    wave_S = network.decode(codes_NK).numpy()
-    _write_sound(target, wave_S, network.config.output_rate_hz)
-    return _sound_facts(wave_S, codes_NK, network)
+    codes_NK, _ = _encoded(source, network)
+    return _decoded(codes_NK[:, : codebooks or codes_NK.shape[1]], target, network)
 
 
 def read_codes(path: Path) -> tuple[NDArray[np.int64], str]:
@@ -121,15 +119,54 @@ def read_codes(path: Path) -> tuple[NDArray[np.int64], str]:
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return stored["codes"].astype(np.int64), str(stored["codec"])
+            codes = stored["codes"]
+            if not np.issubdtype(codes.dtype, np.integer) or codes.ndim != 2:
+                raise ValueError(f"codes are {codes.dtype} of shape {codes.shape}")
+            return codes.astype(np.int64), str(stored["codec"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
         raise DataError(f"{path} is no file of codec ids; make one with omni-ray codec encode") from problem
 
 
-def _sound_facts(wave_S: NDArray[np.float32], codes_NK: NDArray[Any], network: Codec) -> dict[str, Any]:
-    rate_hz = network.config.output_rate_hz
+def _encoded(source: Path, network: Codec) -> tuple[NDArray[np.int64], float]:
+    """Codes [N, K] of a file, and its seconds."""
+    import torch
+
+    from omni_ray.data.audio_blocks import SoundFile
+
+    rate_hz = network.config.sample_rate_hz
+    sound = SoundFile(source, longest_s=LONGEST_S, whole_s=WHOLE_S, fallback_hz=rate_hz)
+    samples = 0
+
+    def blocks() -> Iterator[torch.Tensor]:
+        nonlocal samples
+        for block_S in sound.blocks():
+            samples += len(block_S)
+            # Louder than full scale can be stored in a float file; the codec's network was never shown it.
+            yield torch.from_numpy(block_S).clamp(-1.0, 1.0)
+
+    codes_NK: NDArray[np.int64] = torch.cat(list(network.encode_blocks(blocks(), sound.rate_hz))).numpy()
+    return codes_NK, samples / sound.rate_hz
+
+
+def _decoded(codes_NK: NDArray[Any], target: Path, network: Codec) -> dict[str, Any]:
+    """Write the sound of codes, a piece at a time."""
+    import soundfile
+
+    rate_hz, samples = network.config.output_rate_hz, 0
+    codes = network.checked_codes(codes_NK)
+
+    def write(aside: Path) -> None:
+        nonlocal samples
+        form, stream = target.suffix[1:].upper(), network.stream()
+        with soundfile.SoundFile(str(aside), "w", samplerate=rate_hz, channels=1, format=form) as out:
+            for first in range(0, len(codes), DECODE_FRAMES):
+                out.write(stream.push(codes[first : first + DECODE_FRAMES]).clamp(-1.0, 1.0).numpy())
+            out.write(stream.flush().clamp(-1.0, 1.0).numpy())
+            samples = out.frames
+
+    _write_whole(target, write)
     return {
-        "seconds": len(wave_S) / rate_hz,
+        "seconds": samples / rate_hz,
         "frames": len(codes_NK),
         "codebooks": codes_NK.shape[1],
         "bits_per_second": network.bits_per_second(codes_NK.shape[1]),
@@ -137,34 +174,21 @@ def _sound_facts(wave_S: NDArray[np.float32], codes_NK: NDArray[Any], network: C
     }
 
 
-def _read_sound(path: Path, sample_rate_hz: int) -> NDArray[np.float32]:
-    from omni_ray.data.audio import decode_audio
-
-    try:
-        raw = path.read_bytes()
-    except OSError as problem:
-        raise MediaError(f"{path} cannot be read ({problem.strerror})") from problem
-    return decode_audio(raw, path.name, sample_rate_hz, longest_s=LONGEST_S)
-
-
-def _write_sound(path: Path, wave_S: NDArray[np.float32], sample_rate_hz: int) -> None:
-    import soundfile
-
-    out = io.BytesIO()
-    soundfile.write(out, np.clip(wave_S, -1.0, 1.0), sample_rate_hz, format=path.suffix[1:].upper())
-    _write_whole(path, out.getvalue())
-
-
 def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     if path.suffix.lower() not in suffixes:
         raise DataError(f"{path.name} is to be written, yet only {', '.join(suffixes)} can be; rename OUT")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a file be written aside, then put it in its place: it is there whole or not at all."""
+    import soundfile
+
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        aside.write_bytes(content)
+        write(aside)
         aside.replace(path)
-    except OSError as problem:
+    except (OSError, soundfile.LibsndfileError) as problem:
+        why = getattr(problem, "strerror", None) or str(problem)
+        raise DataError(f"{path} cannot be written ({why})") from problem
+    finally:
         aside.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written ({problem.strerror})") from problem

@@ -15,13 +15,32 @@ from pydantic import BaseModel, ValidationError
 
 from omni_ray.config.energon import expand_energon
 from omni_ray.config.recipe import Recipe
+from omni_ray.config.speech_training import SpeechRecipe
 from omni_ray.types.errors import ConfigError
 
+RECIPES, COMPONENT_RECIPES = "recipes", "component_recipes"
+"""Folders of presets: of whole curricula, and of components' own trainings."""
 
-def preset_names() -> list[str]:
+
+def preset_names(folder: str = RECIPES) -> list[str]:
     """Recipes that ship with the package."""
-    folder = resources.files("omni_ray.config").joinpath("recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    entries = resources.files("omni_ray.config").joinpath(folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+def load_speech_recipe(path_or_preset: str, overrides: list[str] | None = None) -> SpeechRecipe:
+    """As :func:`load_recipe`, for the codec's own training (``codec-tiny``).
+
+    Raises:
+        ConfigError: names the key and its nearest known one, or the value and the mend.
+    """
+    raw = _read(path_or_preset, COMPONENT_RECIPES)
+    for word in overrides or []:
+        _override(raw, word)
+    try:
+        return SpeechRecipe.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, path_or_preset, SpeechRecipe)) from None
 
 
 def load_recipe(path_or_preset: str, overrides: list[str] | None = None) -> Recipe:
@@ -55,17 +74,16 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def _read(path_or_preset: str) -> dict[str, Any]:
-    if path_or_preset in preset_names():
-        text = resources.files("omni_ray.config").joinpath("recipes", f"{path_or_preset}.yaml").read_text("utf-8")
+def _read(path_or_preset: str, folder: str = RECIPES) -> dict[str, Any]:
+    known = preset_names(folder)
+    if path_or_preset in known:
+        text = resources.files("omni_ray.config").joinpath(folder, f"{path_or_preset}.yaml").read_text("utf-8")
     else:
         path = Path(path_or_preset)
         if not path.is_file():
-            close = difflib.get_close_matches(path_or_preset, preset_names(), n=1)
+            close = difflib.get_close_matches(path_or_preset, known, n=1)
             hint = f"; did you mean the preset {close[0]!r}?" if close else ""
-            raise ConfigError(
-                f"recipe {path_or_preset!r} is neither a file nor a preset ({', '.join(preset_names())}){hint}"
-            )
+            raise ConfigError(f"recipe {path_or_preset!r} is neither a file nor a preset ({', '.join(known)}){hint}")
         text = path.read_text("utf-8")
     try:
         raw = yaml.safe_load(text)
@@ -116,11 +134,11 @@ def _place(node: list[Any], key: str, word: str) -> int:
     raise ConfigError(f"--set {word!r}: {key!r} is neither a name nor a number below {len(node)}")
 
 
-def _sentence(error: ValidationError, name: str) -> str:
+def _sentence(error: ValidationError, name: str, model: type[BaseModel] = Recipe) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys(Recipe, first["loc"][:-1])
+        known = _known_keys(model, first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
         near = f"; the nearest known key is {close[0]!r}" if close else ""
         return f"recipe {name!r}: unknown key {where!r}{near}"

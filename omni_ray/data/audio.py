@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def decode_audio(raw: bytes, name: str, sample_rate_hz: int = 16000, *, longest_
         MediaError: no sound can be read, or it is empty, too long, or has values that are not finite; names the item.
     """
     wave, rate = _decode(raw, name, longest_s)
-    _check_length(len(wave), rate, name, longest_s)
+    check_length(len(wave), rate, name, longest_s)
     if not np.isfinite(wave).all():
         raise MediaError(f"{name} has samples that are not finite; export it again")
     return wave if rate == sample_rate_hz else resample(wave, rate, sample_rate_hz, name)
@@ -51,14 +52,14 @@ def count_samples(raw: bytes, name: str, sample_rate_hz: int = 16000) -> int:
     """
     import soundfile
 
-    _check_whole_wav(raw, name)
+    check_whole_wav(raw, name)
     try:
         info = soundfile.info(io.BytesIO(raw))
     except (soundfile.LibsndfileError, RuntimeError):
         return len(decode_audio(raw, name, sample_rate_hz))
     if info.format == "MP3":  # its header only estimates
         return len(decode_audio(raw, name, sample_rate_hz))
-    _check_length(info.frames, info.samplerate, name)
+    check_length(info.frames, info.samplerate, name)
     return math.ceil(info.frames * sample_rate_hz / info.samplerate)
 
 
@@ -117,10 +118,10 @@ def encode_flac(wave: Wave, sample_rate_hz: int) -> bytes:
 def _decode(raw: bytes, name: str, longest_s: float) -> tuple[Wave, int]:
     import soundfile
 
-    _check_whole_wav(raw, name)
+    check_whole_wav(raw, name)
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as sound:
-            _check_length(sound.frames, sound.samplerate, name, longest_s)
+            check_length(sound.frames, sound.samplerate, name, longest_s)
             promised = sound.frames
             samples = sound.read(dtype="float32", always_2d=True)
             if len(samples) != promised:
@@ -130,7 +131,7 @@ def _decode(raw: bytes, name: str, longest_s: float) -> tuple[Wave, int]:
         return _decode_container(raw, name, longest_s)
 
 
-def _check_whole_wav(raw: bytes, name: str) -> None:
+def check_whole_wav(raw: bytes | mmap.mmap, name: str) -> None:
     """Refuse a wav that ends before its data do; the library would take what is there without a word."""
     if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
         return
@@ -156,14 +157,14 @@ def _decode_container(raw: bytes, name: str, longest_s: float) -> tuple[Wave, in
                 raise MediaError(f"{name} has no sound track; send wav, flac, ogg, mp3, or a video with sound")
             stream = container.streams.audio[0]
             rate = int(stream.codec_context.sample_rate)
-            _check_length(1, rate, name)
+            check_length(1, rate, name)
             mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
             total = 0
             for frame in container.decode(stream):
                 for piece in mono.resample(frame):
                     pieces.append(piece.to_ndarray().reshape(-1))
                     total += pieces[-1].size
-                _check_length(total, rate, name, longest_s, short_is_fine=True)
+                check_length(total, rate, name, longest_s, short_is_fine=True)
             pieces += [piece.to_ndarray().reshape(-1) for piece in mono.resample(None)]
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise MediaError(f"{name} cannot be decoded as sound ({reason(error)}); send wav, flac, ogg or mp3") from error
@@ -172,9 +173,10 @@ def _decode_container(raw: bytes, name: str, longest_s: float) -> tuple[Wave, in
     return np.concatenate(pieces).astype(np.float32, copy=False), rate
 
 
-def _check_length(
+def check_length(
     frames: int, rate: int, name: str, longest_s: float = MAX_SOUND_S, *, short_is_fine: bool = False
 ) -> None:
+    """Refuse what is empty, too long, or of a rate that nothing records at."""
     if not _MIN_RATE <= rate <= _MAX_RATE:
         raise MediaError(f"{name} has {rate} samples a second; rates from {_MIN_RATE} to {_MAX_RATE} can be read")
     if frames <= 0 and not short_is_fine:

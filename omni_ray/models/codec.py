@@ -8,7 +8,7 @@ Source: LongCat-Audio-Codec report; networks.md section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from omni_ray.config.model import CodecConfig
 from omni_ray.models.audio_decoder import AudioDecoder
 from omni_ray.models.audio_tokenizer import AcousticEncoder, SemanticEncoder
+from omni_ray.models.codec_segments import MARGIN_FRAMES, HeldSound, longest_frames, segment_at, segment_spans
 from omni_ray.models.codec_stream import CodecStream, FrameDecoder
 from omni_ray.models.fbank import Fbank
 from omni_ray.models.pretrained import load_weights, read_config, save_module
 from omni_ray.models.quantizer import Quantizer
-from omni_ray.models.resample import resample
+from omni_ray.models.resample import Resampler
 from omni_ray.types.errors import ConfigError, MediaError, RequestError
 
 MODEL_TYPE = "omni_ray_codec"
-MARGIN_FRAMES = 16
-"""Frames of context on both sides of a segment of a long recording (0.96 s); coded, then dropped."""
 MIN_FRAMES = 8
 """Shorter sounds are coded with silence after them; the surplus codes are dropped."""
 
@@ -86,22 +85,42 @@ class Codec(nn.Module):
         Raises:
             MediaError: empty, not mono, not float, or with values that are not finite.
         """
-        wave_S = resample(_checked_wave(wave), sample_rate_hz, self.config.sample_rate_hz)
-        frames = -(-wave_S.shape[0] // self.config.hop)
-        # Every clip has a zero tail up to a whole frame; a very short one gets a few frames of silence to stand in.
-        padded = max(frames, MIN_FRAMES) * self.config.hop
-        wave_S = torch.nn.functional.pad(wave_S, (0, padded - wave_S.shape[0]))
-        segments = [
-            self._encode_segment(wave_S, *span) for span in segment_spans(padded // self.config.hop, self.config)
-        ]
-        return torch.cat(segments)[:frames].cpu()
+        return torch.cat(list(self.encode_blocks([_checked_wave(wave)], sample_rate_hz)))
 
-    def _encode_segment(self, wave_S: Tensor, start: int, keep_from: int, keep_to: int, end: int) -> Tensor:
-        hop = self.config.hop
-        part_1S = wave_S[start * hop : end * hop].unsqueeze(0).to(self._device())
-        semantic_1N, acoustic_1NL = self.tokens(part_1S)
+    @torch.inference_mode()
+    def encode_blocks(self, blocks: Iterable[Tensor], sample_rate_hz: int) -> Iterator[Tensor]:
+        """Code a recording that comes in blocks, in memory that does not grow with it.
+
+        Args:
+            blocks: [S] float samples in [-1, 1], one after another.
+        Yields:
+            [n, 4] int64; together what :meth:`encode` gives for all blocks as one, bit for bit.
+        """
+        hop, config, resampler = self.config.hop, self.config, Resampler(sample_rate_hz, self.config.sample_rate_hz)
+        longest = longest_frames(config)
+        held = HeldSound(hop)
+        kept = 0
+        for block_S in blocks:
+            held.push(resampler.push(block_S))
+            # Where a recording has one segment it is coded whole; where it has more, all but the last are known to be.
+            while held.whole_frames > max(longest, kept + longest - MARGIN_FRAMES):
+                start, _, keep_to, end = segment_at(kept, held.whole_frames, config)
+                yield self._encode_segment(held.between(start, end), kept - start, keep_to - start)
+                kept = keep_to
+                held.drop_before(kept - MARGIN_FRAMES)
+        held.push(resampler.flush())
+        # Every clip has a zero tail up to a whole frame; a very short one gets a few frames of silence to stand in.
+        frames = held.frames
+        padded = max(frames, MIN_FRAMES)
+        held.push(torch.zeros(padded * hop - held.samples))
+        for start, keep_from, keep_to, end in segment_spans(padded, config):
+            if keep_from >= kept:
+                yield self._encode_segment(held.between(start, end), keep_from - start, min(keep_to, frames) - start)
+
+    def _encode_segment(self, wave_S: Tensor, keep_from: int, keep_to: int) -> Tensor:
+        semantic_1N, acoustic_1NL = self.tokens(wave_S.unsqueeze(0).to(self._device()))
         codes_N4 = torch.cat([semantic_1N.unsqueeze(-1), acoustic_1NL], dim=-1)[0]
-        return codes_N4[keep_from - start : keep_to - start]
+        return codes_N4[keep_from:keep_to].cpu()
 
     def tokens(self, wave_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Semantic ids [B, N] and acoustic ids [B, N, 3] of 16 kHz clips of N x 960 samples."""
@@ -186,26 +205,6 @@ class Codec(nn.Module):
 
     def _device(self) -> torch.device:
         return self.semantic.mean_C.device
-
-
-def segment_spans(frames: int, config: CodecConfig) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a recording for coding: (start, keep_from, keep_to, end) in frames.
-
-    Kept parts join without gap; every segment sees MARGIN_FRAMES of its neighbours, so a cut is not heard.
-    """
-    longest = int(config.max_segment_s * config.sample_rate_hz) // config.hop
-    if frames <= longest:
-        yield 0, 0, frames, frames
-        return
-    body = longest - 2 * MARGIN_FRAMES
-    if body < 1:
-        raise ConfigError(
-            f"codec.max_segment_s is {config.max_segment_s:g}; cutting needs more than {2 * MARGIN_FRAMES} frames, "
-            f"that is {2 * MARGIN_FRAMES * config.hop / config.sample_rate_hz:.2f} s"
-        )
-    for keep_from in range(0, frames, body):
-        keep_to = min(keep_from + body, frames)
-        yield max(0, keep_from - MARGIN_FRAMES), keep_from, keep_to, min(frames, keep_to + MARGIN_FRAMES)
 
 
 def _checked_wave(wave: Tensor | np.ndarray) -> Tensor:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from omni_ray.config.model import CodecConfig, model_preset
-from omni_ray.models.codec import Codec, segment_spans
+from omni_ray.models import codec as codec_module
+from omni_ray.models.codec import Codec
+from omni_ray.models.codec_segments import HeldSound, segment_spans
 from omni_ray.types.errors import CheckpointError, ConfigError, MediaError, RequestError
 
 FRAMES = 11
@@ -173,3 +175,35 @@ def test_rates_that_contradict_each_other_are_refused() -> None:
     config = CodecConfig(**{**model_preset("tiny").codec.model_dump(), "decoder_rates_24k": (8, 6, 6, 4)})
     with pytest.raises(ConfigError, match=r"give 1152 samples a frame, yet .* lasts 1440"):
         Codec(config)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100, 8000], ids="{}-hz".format)
+def test_a_recording_in_blocks_gives_the_codes_of_the_whole(rate: int) -> None:
+    torch.manual_seed(1)
+    config = model_preset("tiny").codec.model_copy(update={"max_segment_s": 2.4})
+    codec = Codec(config).eval()
+    for seconds in (0.01, 2.3, 2.45, 7.9):
+        wave_S = 0.2 * torch.randn(round(seconds * rate))
+        whole = codec.encode(wave_S, rate)
+        for size in (rate // 7, 3 * rate, 10 * rate):
+            assert torch.equal(torch.cat(list(codec.encode_blocks(wave_S.split(size), rate))), whole)
+    assert len(list(codec.encode_blocks([wave_S], rate))) > 3, "several segments"
+
+
+def test_memory_of_coding_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, held_s = Codec(model_preset("tiny").codec).eval(), []
+
+    class Watched(HeldSound):
+        def push(self, wave_S: torch.Tensor) -> None:
+            super().push(wave_S)
+            held_s.append(sum(piece.untyped_storage().nbytes() for piece in self._pieces) / 4 / 16000)
+
+    def quick_tokens(wave_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frames = wave_BS.shape[1] // 960
+        return torch.zeros(1, frames, dtype=torch.int64), torch.zeros(1, frames, 3, dtype=torch.int64)
+
+    monkeypatch.setattr(codec_module, "HeldSound", Watched)
+    monkeypatch.setattr(codec, "tokens", quick_tokens)
+    blocks = (torch.zeros(30 * 16000) for _ in range(3 * 120))
+    assert sum(len(codes) for codes in codec.encode_blocks(blocks, 16000)) == 3 * 3600 * 16000 // 960
+    assert max(held_s) < 100, "seconds of a recording of three hours"

@@ -16,7 +16,7 @@ from omni_ray.models.audio_tokenizer import AcousticEncoder, SemanticEncoder
 from omni_ray.models.codec import Codec
 from omni_ray.models.codec_blocks import Snake
 from omni_ray.models.quantizer import Quantizer
-from omni_ray.models.resample import resample
+from omni_ray.models.resample import Resampler, resample
 from omni_ray.types.errors import ConfigError, RequestError
 
 
@@ -163,3 +163,18 @@ def test_resampling_keeps_a_tone_and_its_length(from_hz: int, to_hz: int) -> Non
 def test_resampling_removes_what_the_new_rate_cannot_hold() -> None:
     tone_S = torch.sin(2 * math.pi * 11000 * torch.arange(24000) / 24000)
     assert resample(tone_S, 24000, 16000)[200:-200].abs().max() < 2e-2
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(48000, 16000), (44100, 16000), (8000, 16000), (16000, 24000)])
+@pytest.mark.parametrize("samples", [1, 90, 30001], ids="{}-samples".format)
+def test_resampling_in_pieces_equals_the_whole(rate: int, wanted: int, samples: int) -> None:
+    chance = torch.Generator().manual_seed(samples)
+    wave = torch.randn(samples, generator=chance)
+    whole, resampler, pieces, first = resample(wave, rate, wanted), Resampler(rate, wanted), [], 0
+    while first < samples:
+        size = int(torch.randint(1, 3000, (), generator=chance))
+        pieces.append(resampler.push(wave[first : first + size]))
+        first += size
+    pieces.append(resampler.flush())
+    assert torch.equal(torch.cat(pieces), whole)
+    assert len(whole) == -(-samples * wanted // rate)

@@ -108,6 +108,57 @@ def test_what_cannot_be_coded_is_refused_in_one_sentence(
     refused(wav(tone(16_000)[:, 0]), r"in.wav lasts 0.6 s, more than 0.5 s; cut it into pieces")
 
 
+def test_a_file_that_ends_in_the_middle_is_refused(codec: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000 * 25).astype(np.float32)
+    for name in ("cut.flac", "cut.ogg", "cut.mp3"):
+        whole, cut = tmp_path / f"whole-{name}", tmp_path / name
+        soundfile.write(whole, noise, 16_000)
+        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+        out = tmp_path / "codes.npz"
+        if name == "cut.ogg":  # it promises no length: what is there is taken, as players do
+            assert 10 < encode_file(cut, out, codec=codec)["seconds"] < 20
+            out.unlink()
+            continue
+        with pytest.raises(MediaError, match=rf"{name} (is cut short|is damaged|cannot be decoded)"):
+            encode_file(cut, out, codec=codec)
+        assert not out.exists()
+
+
+def test_a_value_that_is_not_finite_far_into_a_file_is_found(codec: Path, tmp_path: Path) -> None:
+    samples = np.zeros(16_000 * 12, np.float32)
+    samples[-5] = np.inf
+    soundfile.write(tmp_path / "late.wav", samples, 16_000, subtype="FLOAT")
+    with pytest.raises(MediaError, match=r"late\.wav has samples that are not finite"):
+        reconstruct_file(tmp_path / "late.wav", tmp_path / "out.wav", codec=codec)
+    assert not list(tmp_path.glob("*out.wav*")), "nothing half-written"
+
+
+def test_a_folder_and_a_missing_file_are_refused(codec: Path, tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "nowhere.wav"):
+        with pytest.raises(MediaError, match="cannot be read"):
+            encode_file(source, tmp_path / "codes.npz", codec=codec)
+
+
+def test_codes_that_are_no_codes_are_refused(codec: Path, tmp_path: Path) -> None:
+    source, codes = tmp_path / "in.wav", tmp_path / "codes.npz"
+    soundfile.write(source, tone(16_000), 16_000)
+    encode_file(source, codes, codec=codec)
+    good = dict(np.load(codes))
+    for wrong, why in (
+        (good["codes"] * -1 - 1, "is out of range"),
+        (good["codes"][:, :1], r"codes have shape \[10, 1\]"),
+    ):
+        np.savez(codes, codes=wrong, codec=good["codec"])
+        with pytest.raises(RequestError, match=why):
+            decode_file(codes, tmp_path / "out.wav", codec=codec)
+    np.savez(codes, codes=good["codes"][:0], codec=good["codec"])
+    assert decode_file(codes, tmp_path / "out.wav", codec=codec)["frames"] == 0
+    for wrong in (good["codes"].astype(np.float32) + 0.5, good["codes"].ravel()):
+        np.savez(codes, codes=wrong, codec=good["codec"])
+        with pytest.raises(DataError, match="is no file of codec ids"):
+            decode_file(codes, tmp_path / "out.wav", codec=codec)
+
+
 def test_a_recording_longer_than_a_segment_is_cut_and_joined(codec: Path, tmp_path: Path) -> None:
     source = tmp_path / "long.wav"
     with wave.open(str(source), "wb") as out:
