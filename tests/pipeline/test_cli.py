@@ -28,6 +28,7 @@ COMMANDS = [
     "codec encode",
     "codec decode",
     "codec reconstruct",
+    "components train",
     "checkpoint import",
     "checkpoint export",
     "checkpoint inspect",
