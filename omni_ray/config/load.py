@@ -91,7 +91,15 @@ def _read(path_or_preset: str, folder: str = RECIPES) -> dict[str, Any]:
         raise ConfigError(f"recipe {path_or_preset!r} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"recipe {path_or_preset!r} holds {type(raw).__name__}; a mapping of settings is needed")
-    return raw
+    unshared: dict[str, Any] = _unshared(raw)
+    return unshared
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which YAML's aliases are values of their own: changing one place must not change the others."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def _override(raw: dict[str, Any], word: str) -> None:

@@ -94,8 +94,13 @@ def _ratio(
         against=f"{told}, {getattr(judge, 'name', judge)}",
         n=words,
         runs=(right / most,),
-        extra={"chance": chance, "model_words": right, "codec_words": most},
+        # Greedy speech of one phrase is often the same sound for every wording; these many are really different.
+        extra={"chance": chance, "model_words": right, "codec_words": most, "distinct_sounds": _distinct(spoken)},
     )
+
+
+def _distinct(clips: Sequence[Sound]) -> int:
+    return len({wave_S.tobytes() for wave_S, _ in clips})
 
 
 def _heard(judge: object, clips: Sequence[Sound], said: Sequence[Sequence[str]]) -> int:

@@ -154,18 +154,10 @@ def _fit(run: SpeechRun, stage: SpeechStage, start: Path | None, fail_at: tuple[
     storage = run.out / "ray"
     if not run.resume:
         shutil.rmtree(storage / stage, ignore_errors=True)
-    settings = {
-        "recipe": run.recipe.model_dump(mode="json"),
-        "stage": stage,
-        "start": str(start) if start else None,
-        "material": str(run.out / MATERIAL),
-        "metrics": str(run.out / stage),
-        "fail_at": fail_at,
-    }
     with RaySession(num_cpus=max(run.workers + 1, os.cpu_count() or 1)):
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config=settings,
+            train_loop_config=_settings(run, stage, start, fail_at),
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=ray.train.ScalingConfig(num_workers=run.workers, resources_per_worker={"CPU": 1}),
             run_config=ray.train.RunConfig(
@@ -184,6 +176,20 @@ def _fit(run: SpeechRun, stage: SpeechStage, start: Path | None, fail_at: tuple[
         with result.checkpoint.as_directory() as folder:
             state: dict[str, Any] = torch.load(Path(folder) / STATE, weights_only=True)
     return state
+
+
+def _settings(
+    run: SpeechRun, stage: SpeechStage, start: Path | None, fail_at: tuple[str, int] | None
+) -> dict[str, Any]:
+    """What every worker is told."""
+    return {
+        "recipe": run.recipe.model_dump(mode="json"),
+        "stage": stage,
+        "start": str(start) if start else None,
+        "material": str(run.out / MATERIAL),
+        "metrics": str(run.out / stage),
+        "fail_at": fail_at,
+    }
 
 
 def _last_line(problem: BaseException) -> str:
