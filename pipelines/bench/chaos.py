@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from omni_ray.types.errors import OmniError
 from pipelines.bench.chaos_inside import (
     REPLICAS,
     STAGES,
@@ -119,7 +120,10 @@ def clients(
         assert process.stdout is not None
         process.stdin.write(json.dumps(plan) + "\n")
         process.stdin.flush()
-        yield json.loads(process.stdout.readline())
+        told = process.stdout.readline()
+        if not told:
+            raise OmniError(f"the clients ended without a word (exit code {process.wait()}); their error is above")
+        yield json.loads(told)
         process.stdin.close()
 
 

@@ -59,6 +59,8 @@ class Seen:
     broken: str = ""
     """What ended it, where nothing of its own did."""
     longest_wait_s: float = 0.0
+    last: str = ""
+    """The last event that came."""
     errors: list[str] = field(default_factory=list)
     """Error events beyond those that its garbage asked for."""
 
@@ -112,7 +114,7 @@ class Talk:
             await self._send(second_turn(self.one))
             await self._until("response.done")
         finally:
-            if self.one.fault != "half_open":
+            if self.socket not in HELD:
                 await self.socket.close()
 
     async def _send(self, events: Sequence[dict[str, Any]]) -> None:
@@ -130,6 +132,7 @@ class Talk:
                 raise HangError(kind) from None
             self.seen.longest_wait_s = max(self.seen.longest_wait_s, time.monotonic() - began)
             self._events += 1
+            self.seen.last = event["type"]
             self._note(event)
             if event["type"] == kind:
                 return
