@@ -131,19 +131,23 @@ class Findings:
     """The sessions of the storm against themselves in quiet."""
 
     def __init__(self, quiet: Sequence[dict[str, Any]], stormy: dict[str, Any], kills: Sequence[Kill]) -> None:
-        self.quiet = {seen["number"]: seen for seen in quiet}
+        whole = [seen for seen in quiet if _is_whole(seen)]
+        self.quiet = {seen["number"]: seen for seen in whole}
+        self.unquiet = [seen for seen in quiet if not _is_whole(seen)]
         self.seen: list[dict[str, Any]] = stormy["seen"]
         self.control: dict[str, Any] = stormy["control"]
-        self.kills = kills
+        self.kills, self.goal = kills, len(quiet)
 
     def figures(self) -> Iterator[Figure]:
         """Counts over all sessions."""
         n = len(self.seen)
-        yield Figure(name="sessions", value=n, unit="count", better="higher", goal=len(self.quiet), n=n, runs=(n,))
-        hangs = sum(bool(seen["hang"]) for seen in [*self.quiet.values(), *self.seen])
-        hung = [one for one in self.seen if one["hang"]]
+        yield Figure(name="sessions", value=n, unit="count", better="higher", goal=self.goal, n=n, runs=(n,))
+        quiet = len(self.quiet) + len(self.unquiet)
+        figure = counted("quiet_damaged", len(self.unquiet), n=quiet, against="sessions that were not whole in quiet")
+        yield replace(figure, extra=_cases(self.unquiet))
+        hung = [one for one in [*self.unquiet, *self.seen] if one["hang"]]
         against = "waits of over 5 s for an event that is due"
-        yield replace(counted("hangs", hangs, n=n, against=against), extra=_cases(hung))
+        yield replace(counted("hangs", len(hung), n=n, against=against), extra=_cases(hung))
         damaged = self.damaged(self.seen)
         against = "untouched sessions against the same in quiet: other sound, another ending, or an error event"
         figure = counted("foreign_damage", len(damaged), n=len(self.untouched(self.seen)), against=against)
@@ -157,7 +161,8 @@ class Findings:
 
     def untouched(self, seen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Sessions that no fault of their own befell; garbage that is answered leaves a session whole."""
-        return [one for one in seen if not one["fault"] or (one["fault"] == "garbage" and len(one["statuses"]) == 2)]
+        known = [one for one in seen if one["number"] in self.quiet]
+        return [one for one in known if not one["fault"] or (one["fault"] == "garbage" and len(one["statuses"]) == 2)]
 
     def damaged(self, seen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Untouched sessions that were not as in quiet, and had not a stage without any replica to blame."""
@@ -234,7 +239,7 @@ def _leak_control(before: dict[str, Any], stayed: dict[str, int]) -> int:
 
 def _redeployed(served: Any, url: str, quiet: Sequence[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], int]:
     """Sessions that a redeploy of all stages dropped or changed, and how many ran meanwhile."""
-    expected = {seen["number"]: seen for seen in quiet}
+    expected = {seen["number"]: seen for seen in quiet if _is_whole(seen)}
     numbers = sorted(expected)[:12]
     work = threading.Thread(target=served.redeploy, name="redeploy")
     work.start()
@@ -257,6 +262,12 @@ def _redeploy(dropped: Sequence[dict[str, Any]], turned: int) -> Iterator[Figure
         return
     against = "sessions during a rolling redeploy of all stages against the same in quiet"
     yield replace(counted("redeploy_dropped", len(dropped), n=turned, against=against), extra=_cases(dropped))
+
+
+def _is_whole(seen: Mapping[str, Any]) -> bool:
+    """Two answers, neither failed, and nothing in between."""
+    heard = len(seen["statuses"]) == 2 and "failed" not in seen["statuses"] and seen["sound_bytes"] > 0
+    return heard and not seen["broken"] and not seen["hang"] and not seen["errors"]
 
 
 def _cases(seen: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Dialogue:
         """Times that a stage had lost the session."""
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         """Told of work that failed and that nobody waits for."""
+        self._losses = 0
         self._turnstile = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -90,7 +91,7 @@ class Dialogue:
             if not len(rows):
                 return
             try:
-                await self.stages.extend(self.session, at, rows)
+                await self.stages.extend(self.cache_name, at, rows)
             except SessionLostError:
                 self._lost()
                 continue
@@ -111,7 +112,7 @@ class Dialogue:
             at, rows = self.view.difference(wanted)
             try:
                 left = progress.left()
-                async with aclosing(self.stages.answer(self.session, at, rows, left)) as parts:  # type: ignore[type-var]
+                async with aclosing(self.stages.answer(self.cache_name, at, rows, left)) as parts:  # type: ignore[type-var]
                     async for part in parts:
                         failed = 0
                         self.view.now_holds(wanted)
@@ -156,11 +157,22 @@ class Dialogue:
         if self._running:
             await asyncio.wait(list(self._running), timeout=5)
         self.stages.forget(self.session)
+        self.stages.forget(self.cache_name)
+
+    @property
+    def cache_name(self) -> str:
+        """The session's name at the language stage, another one after every loss.
+
+        A name may move to another replica and back; rows that the first one still has then are never taken for these.
+        """
+        return f"{self.session}~{self._losses}"
 
     def _lost(self, stage: str = "language") -> None:
         self.recovered += 1
         if stage == "language":
             self.view.lost()
+            self.stages.forget(self.cache_name)
+            self._losses += 1
         lost(stage)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:

@@ -14,6 +14,7 @@ from live import SHORT, Client, Talk, generated, png, room, run, settled, voiced
 from omni_ray.types.modality import FEATURE_MODALITIES
 from pipelines.serving.chat_turn import ChatTurn
 from pipelines.serving.errors import ApiError
+from pipelines.serving.local_stages import LocalStages
 from pipelines.serving.prompt import Prompt, PromptRows
 from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError
 
@@ -171,3 +172,53 @@ def test_a_chat_answer_goes_on_too(model_and_stages: Any) -> None:
     assert asyncio.run(said(Losing(stages, {"answer": {2}, "say": {1}}))) == quiet
     with pytest.raises(ApiError, match="the speech stage failed; try again"):
         asyncio.run(said(Losing(stages, {"say": set(range(9))})))
+
+
+class Moving:
+    """Two language replicas; a session's name moves between them, and neither is told."""
+
+    def __init__(self, stages: Any, other: Any) -> None:
+        self._stages, self.replicas, self.at = stages, (stages, other), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stages, name)
+
+    async def extend(self, *given: Any) -> None:
+        await self.replicas[self.at].extend(*given)
+
+    def answer(self, *given: Any) -> Any:
+        return self.replicas[self.at].answer(*given)
+
+    def forget(self, session: str) -> None:
+        for replica in self.replicas:
+            replica.forget(session)
+
+
+def test_rows_that_a_former_replica_still_has_are_never_taken_for_new_ones(model_and_stages: Any) -> None:
+    """Away after a turn that is then deleted, and back when the conversation is as long again and another."""
+    model, stages = model_and_stages
+
+    def talk(moves: bool) -> Talk:
+        async def go(client: Client) -> None:
+            moving: Any = client.session.dialogue.stages
+            await client.send("session.update", session={**SHORT, "output_modalities": ["text"]})
+            for number, words in enumerate(["one", "which digit is it " * 12, "two", "say blue", "left"], start=1):
+                moving.at = int(moves and number == 3)
+                item = {"id": f"q{number}", "type": "message", "role": "user"}
+                content = [{"type": "input_text", "text": words}]
+                await client.send("conversation.item.create", item={**item, "content": content})
+                await client.send("response.create")
+                done = await client.wait("response.done", number)
+                await settled(client)
+                if number == 2:
+                    await client.send("conversation.item.delete", item_id="q2")
+                    await client.send("conversation.item.delete", item_id=done["response"]["output"][0]["id"])
+
+        return go
+
+    other = LocalStages(model)
+    stayed = run((model, Moving(stages, other)), talk(False))
+    moved = run((model, Moving(stages, other)), talk(True))
+    assert moved.session.dialogue.recovered == 2
+    assert generated(moved) == generated(stayed)
+    asyncio.run(other.close())

@@ -33,7 +33,7 @@ def test_a_stage_that_lost_the_session_is_given_it_again(model_and_stages: Any) 
             if lose:
                 stages = client.session.dialogue.stages
                 stages.ears.forget(client.session.id)  # type: ignore[attr-defined]
-                stages.language.forget(client.session.id)  # type: ignore[attr-defined]
+                stages.language.forget(client.session.dialogue.cache_name)  # type: ignore[attr-defined]
             await client.say(room(0.8))
             await client.wait("response.done")
             await settled(client)
