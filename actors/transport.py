@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from actors.snapshot import WorkerState
+from omni_ray.inference.requests import CachePart
 from omni_ray.types.batch import EmbeddingBatch, OmniBatch
 from omni_ray.types.seams import Handle, RankId
 
@@ -39,7 +40,7 @@ class PackedTensor:
     """Name of the torch dtype."""
 
 
-CARRIERS = (EmbeddingBatch, OmniBatch, WorkerState)
+CARRIERS = (EmbeddingBatch, OmniBatch, WorkerState, CachePart)
 
 
 def pack(value: Any) -> Any:

@@ -157,6 +157,11 @@ def _add_use(commands: _Commands) -> None:
     serve.add_argument("--api-key-file", type=Path, help="file with one accepted key a line")
     serve.add_argument("--tls-cert", type=Path, help="certificate chain (PEM); browsers need it for their microphone")
     serve.add_argument("--tls-key", type=Path, help="its private key (PEM)")
+    serve.add_argument(
+        "--prefill-decode",
+        choices=("together", "separate"),
+        help="read prompts in a deployment of their own that hands its cache over; instead of the recipe's word",
+    )
 
 
 def _add_chat(commands: _Commands) -> None:

@@ -67,5 +67,13 @@ def serve(args: Namespace) -> Outcome:
     from pipelines.serving.app import serve as run_server
 
     cert, key = existing_file(args.tls_cert, "--tls-cert"), existing_file(args.tls_key, "--tls-key")
-    run_server(checkpoint, host=args.host, port=args.port, api_key_file=key_file, tls_cert=cert, tls_key=key)
+    run_server(
+        checkpoint,
+        host=args.host,
+        port=args.port,
+        api_key_file=key_file,
+        tls_cert=cert,
+        tls_key=key,
+        prefill_decode=args.prefill_decode,
+    )
     return Outcome(text="")

@@ -32,11 +32,13 @@ class ServePools(Checked):
     audio: ServePool = Field(default_factory=ServePool)
     speech: ServePool = Field(default_factory=ServePool)
     language: ServePool = Field(default_factory=ServePool)
+    prefill: ServePool = Field(default_factory=ServePool)
+    """Reads prompts where ``serving.prefill_decode`` is ``separate``; ``language`` then makes the answers alone."""
 
     @model_validator(mode="after")
     def no_idle_gpus(self) -> Self:
         """See :func:`omni_ray.config.parallel.refuse_gpus`."""
-        for name in ("gateway", "vision", "audio", "speech", "language"):
+        for name in ("gateway", "vision", "audio", "speech", "language", "prefill"):
             refuse_gpus(f"serving.pools.{name}", getattr(self, name).resources)
         return self
 
@@ -131,5 +133,7 @@ class ServingConfig(Checked):
     """The serving section of a recipe."""
 
     pools: ServePools = Field(default_factory=ServePools)
+    prefill_decode: Literal["together", "separate"] = "together"
+    """``separate``: prompts are read by a deployment of their own, which hands the cache over; the same tokens."""
     turn: TurnConfig = Field(default_factory=TurnConfig)
     limits: Limits = Field(default_factory=Limits)

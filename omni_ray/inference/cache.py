@@ -135,6 +135,25 @@ class LatentCache:
         """Rows written past the end now belong to the sequence."""
         self._sequences[sequence].length += rows
 
+    def read(self, sequence: int, start: int, end: int) -> Tensor:
+        """Copy of rows [start, end) of a sequence in all slots, [A, T, C + R]; what :meth:`write_all` takes."""
+        entry = self._sequences[sequence]
+        place_T = [entry.pages[row // PAGE_ROWS] * PAGE_ROWS + row % PAGE_ROWS for row in range(start, end)]
+        return self._rows.index_select(1, torch.tensor(place_T, dtype=torch.long, device=self._rows.device))
+
+    def write_all(self, sequence: int, rows_ATX: Tensor) -> None:
+        """Append rows of another cache, as :meth:`read` gave them.
+
+        Raises:
+            ResourceError: all ``max_pages`` are held.
+        """
+        count = rows_ATX.shape[1]
+        self.reserve(sequence, count)
+        place_T = torch.tensor(self.places(sequence, count), dtype=torch.long, device=self._rows.device)
+        for slot, rows_TX in enumerate(rows_ATX.to(self._rows.device).unbind(0)):
+            self.write(slot, place_T, rows_TX)
+        self.append(sequence, count)
+
     def keys(self, slot: int, sequence: int, length: int) -> Keys:
         """The first rows of a sequence in one slot, as decoding reads them."""
         entry = self._sequences[sequence]

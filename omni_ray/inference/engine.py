@@ -17,12 +17,12 @@ from torch import Tensor
 
 from omni_ray.inference.cache import PAGE_ROWS, LatentCache
 from omni_ray.inference.prefix import PrefixStore, page_keys
-from omni_ray.inference.requests import AnswerOptions, Generation, GenerationRequest, MadeRow
+from omni_ray.inference.prompt_rows import check_rows
+from omni_ray.inference.requests import AnswerOptions, CachePart, Generation, GenerationRequest, MadeRow
 from omni_ray.inference.row_forward import RowForward
 from omni_ray.inference.row_weights import fingerprint, product, row_weights
 from omni_ray.inference.rows import RowSampler, Vocabulary
 from omni_ray.models.llm import LanguageModel
-from omni_ray.types.batch import AUDIO_PAD
 from omni_ray.types.errors import RequestError, ResourceError
 
 STEP_ROWS = 512
@@ -183,7 +183,7 @@ class Engine:
         entry = self._sessions[session]
         if entry.answer is not None:
             raise RequestError(f"session {session} is answering; cancel the answer or wait for its end before feeding")
-        self._check_rows(ids_T5, features, self.length(session))
+        check_rows(self.config, ids_T5, features, self.length(session))
         self._admit(session, len(ids_T5))
         ids_T5 = ids_T5.to(self.device)
         with torch.no_grad():
@@ -235,6 +235,34 @@ class Engine:
         entry = self._sessions[session]
         entry.hidden = {length: hidden for length, hidden in entry.hidden.items() if length <= rows}
         entry.keys = entry.keys[: rows // PAGE_ROWS]
+
+    @torch.inference_mode()
+    def part(self, session: int, start: int, end: int) -> CachePart:
+        """Copy of rows [start, end), all of them run; what :meth:`take` takes in another engine of the same weights.
+
+        Raises:
+            ValueError: fewer rows were run.
+        """
+        entry, have = self._sessions[session], self.cache.length(session)
+        if not 0 <= start <= end <= have:
+            raise ValueError(f"session {session} has {have} rows; [{start}, {end}) are not among them")
+        hidden = {length: hidden for length, hidden in entry.hidden.items() if start < length <= end}
+        return CachePart(start=start, rows_ATX=self.cache.read(session, start, end), hidden=hidden)
+
+    @torch.inference_mode()
+    def take(self, session: int, part: CachePart) -> None:
+        """Replace a session's rows from ``part.start`` on by another engine's; whatever it was doing ends.
+
+        Raises:
+            ValueError: the session has fewer rows, or the rows have another size.  ResourceError: too few free pages.
+        """
+        want = (self.cache.slots, part.rows_ATX.shape[1], self.cache.width)
+        if tuple(part.rows_ATX.shape) != want:
+            raise ValueError(f"rows have shape {list(part.rows_ATX.shape)}, this model's are {list(want)}")
+        self.crop(session, part.start)
+        self._admit(session, part.end - part.start)
+        self.cache.write_all(session, part.rows_ATX)
+        self._sessions[session].hidden |= {length: hidden.to(self.device) for length, hidden in part.hidden.items()}
 
     @torch.inference_mode()
     def step(self, sessions: Iterable[int] | None = None) -> dict[int, MadeRow]:
@@ -363,29 +391,3 @@ class Engine:
             )
         if options.voice and not self.vocabulary.code_sizes:
             raise RequestError("this model has no codec heads, so it cannot answer in speech; ask with voice=False")
-
-    def _check_rows(self, ids_T5: Tensor, features: Sequence[tuple[int, Tensor]], before: int) -> None:
-        rows = len(ids_T5)
-        if rows == 0:
-            raise RequestError("a prompt has no rows; it ends at least in the role that answers")
-        if before + rows > self.config.max_position_embeddings:
-            raise RequestError(
-                f"{rows} rows after {before} do not fit the model's {self.config.max_position_embeddings} positions; "
-                "send less"
-            )
-        sizes = [self.config.vocab_size, *[max(self.config.codec_vocab_size, AUDIO_PAD + 1)] * (ids_T5.shape[1] - 1)]
-        low, high = ids_T5.amin(dim=0).tolist(), ids_T5.amax(dim=0).tolist()
-        for column, size in enumerate(sizes):
-            if low[column] < 0 or high[column] >= size:
-                raise RequestError(
-                    f"ids of column {column} run from {low[column]} to {high[column]}, yet its table has {size}; "
-                    "use the checkpoint's own tokenizer and codec"
-                )
-        for offset, values_NH in features:
-            if offset < 0 or offset + len(values_NH) > rows or values_NH.shape[1] != self.config.hidden_size:
-                raise RequestError(
-                    f"features of shape {list(values_NH.shape)} at row {offset} do not fit a prompt of {rows} rows of "
-                    f"width {self.config.hidden_size}"
-                )
-            if not bool(torch.isfinite(values_NH).all()):
-                raise RequestError(f"features at row {offset} hold values that are not finite; check the media")

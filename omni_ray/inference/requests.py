@@ -45,6 +45,23 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CachePart:
+    """Rows of a session as one engine computed them, for another engine of the same weights."""
+
+    start: int
+    """Rows before them."""
+    rows_ATX: Tensor
+    """[attention slots, T, latent + rotary] of the latent cache."""
+    hidden: dict[int, Tensor]
+    """Final-normed hidden states [H] inside the part, by the rows before them: an answer can begin there."""
+
+    @property
+    def end(self) -> int:
+        """Rows of the session up to the last of these."""
+        return self.start + self.rows_ATX.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MadeRow:
     """What one step made for one session."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import ray
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,7 +45,12 @@ from pipelines.serving.replicas import (
 APP_NAME = "omni-ray"
 LOOK_S = 0.5
 """How often a running server looks for a signal that asks for something."""
-STAGES = {"vision": VisionReplica, "audio": AudioReplica, "language": LanguageReplica, "speech": SpeechReplica}
+STAGES: dict[str, type] = {
+    "vision": VisionReplica,
+    "audio": AudioReplica,
+    "language": LanguageReplica,
+    "speech": SpeechReplica,
+}
 
 
 class AppArgs(BaseModel):
@@ -57,6 +62,8 @@ class AppArgs(BaseModel):
     """A checkpoint folder, readable at the same path on every node that holds a replica."""
     api_key_file: str | None = None
     """One key a line; without it only this machine is answered."""
+    prefill_decode: Literal["together", "separate"] | None = None
+    """Instead of the recipe's ``serving.prefill_decode``."""
 
 
 def app(args: AppArgs | dict[str, str]) -> Application:
@@ -71,13 +78,23 @@ def app(args: AppArgs | dict[str, str]) -> Application:
     key_file = str(Path(args.api_key_file).expanduser().resolve()) if args.api_key_file else None
     check_address("127.0.0.1", Path(key_file) if key_file else None)
     recipe = read_recipe(folder)
-    gateway = _deployment(GatewayReplica, "gateway", gateway_options(recipe.serving))
-    return gateway.bind(str(folder), key_file, **_stages(folder, recipe.serving))
+    serving = _with(recipe.serving, args.prefill_decode)
+    gateway = _deployment(GatewayReplica, "gateway", gateway_options(serving))
+    return gateway.bind(str(folder), key_file, **_stages(folder, serving))
+
+
+def _with(serving: ServingConfig, prefill_decode: str | None) -> ServingConfig:
+    return serving if prefill_decode is None else serving.model_copy(update={"prefill_decode": prefill_decode})
+
+
+def stage_classes(serving: ServingConfig) -> dict[str, type]:
+    """The class of every stage's replicas, by the stage's name."""
+    return {**STAGES, "prefill": LanguageReplica} if serving.prefill_decode == "separate" else STAGES
 
 
 def _stages(folder: Path, serving: ServingConfig, version: str | None = None) -> dict[str, Application]:
     stages = {}
-    for name, replica in STAGES.items():
+    for name, replica in stage_classes(serving).items():
         chosen = options(getattr(serving.pools, name))
         # Pictures belong to nobody's session; the other stages hold sessions.
         chosen = chosen if name == "vision" else sticky(chosen)
@@ -120,8 +137,8 @@ def _checked(args: AppArgs | dict[str, str]) -> AppArgs:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(step) for step in first["loc"])
         raise ConfigError(
-            f"argument {name} of the application: {first['msg'].lower()}; arguments are checkpoint=PATH and, for other "
-            "machines than this, api_key_file=FILE"
+            f"argument {name} of the application: {first['msg'].lower()}; arguments are checkpoint=PATH, "
+            "prefill_decode=together|separate and, for other machines than this, api_key_file=FILE"
         ) from None
 
 
@@ -195,6 +212,7 @@ def serve(
     api_key_file: Path | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
+    prefill_decode: str | None = None,
     block: bool = True,
 ) -> Served:
     """Serve a checkpoint over HTTP and WebSockets.
@@ -205,6 +223,7 @@ def serve(
         checkpoint: A checkpoint folder.  host, port: Where to listen; port 0 takes a free one.
         api_key_file: One key a line; needed for any host that others reach.
         tls_cert, tls_key: PEM files; a browser gives its microphone to a secure page (or this machine's own) only.
+        prefill_decode: ``together`` or ``separate``, instead of the recipe's.
         block: Stay until SIGINT or SIGTERM, then end everything; False returns the running server at once.
     Returns:
         The server: running if ``block`` is False, else already closed.
@@ -215,18 +234,18 @@ def serve(
     """
     check_address(host, api_key_file)
     tls = check_tls(host, tls_cert, tls_key)
-    recipe = read_recipe(checkpoint)
+    serving = _with(read_recipe(checkpoint).serving, prefill_decode)
     port = check_port(host, port)
     emit("serve_start", checkpoint=str(checkpoint), host=host, port=port)  # replicas load for some seconds
     session = RaySession(num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1))
     served = Served(f"http{'s' if tls else ''}://{_in_url(host)}:{port}", session)
     try:
-        check_fits(recipe.serving)
+        check_fits(serving)
         began = time.monotonic()
         key_file = str(api_key_file.expanduser().resolve()) if api_key_file is not None else None
         with _quiet():
             listen = Listen(host=host, port=port, tls=tls)
-            _start_serve(plan := _Plan(checkpoint.expanduser().resolve(), key_file, recipe.serving, listen))
+            _start_serve(plan := _Plan(checkpoint.expanduser().resolve(), key_file, serving, listen))
             served.plan = plan
             plan.run(0)
         _wait_until_answers(served.url)
@@ -256,7 +275,7 @@ def check_fits(serving: ServingConfig) -> None:
         ResourceError: names the resource, what is asked and what is there.
     """
     total: dict[str, float] = {}
-    for name in ("gateway", *STAGES):
+    for name in ("gateway", *stage_classes(serving)):
         pool = getattr(serving.pools, name)
         wants = {"CPU": pool.resources.cpu, "GPU": pool.resources.gpu, **pool.resources.custom}
         for resource, amount in wants.items():

@@ -168,14 +168,13 @@ class ServeGateway(Gateway):
         self,
         checkpoint: str,
         api_key_file: str | None,
-        vision: DeploymentHandle,
-        audio: DeploymentHandle,
-        language: DeploymentHandle,
-        speech: DeploymentHandle,
+        **handles: DeploymentHandle,
     ) -> None:
+        """``handles``: vision, audio, language, speech, and prefill where prompts are read apart."""
         patience_s = read_recipe(Path(checkpoint)).serving.limits.stage_s
-        stages = ServeStages(patience_s, vision=vision, audio=audio, language=language, speech=speech)
+        stages = ServeStages(patience_s, **handles)
         super().__init__(checkpoint, api_key_file, stages)
+        stages.on_handover = self.metrics.handed
 
     def __serve_build_asgi_app__(self) -> Asgi:
         """The application, built in the replica; the method's name is Ray Serve's."""

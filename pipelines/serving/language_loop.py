@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from omni_ray.inference.requests import CachePart
 from omni_ray.observability.events import emit
 from omni_ray.types.errors import ResourceError
 from pipelines.serving.session_engine import SessionEngine
@@ -67,6 +68,25 @@ class LanguageLoop:
         def call() -> None:
             self._end(session)
             self.engine.extend(session, at, rows)
+
+        await self._call(call)
+
+    async def part(self, session: str, start: int, end: int) -> CachePart:
+        """See :meth:`pipelines.serving.session_engine.SessionEngine.part`."""
+
+        def call() -> CachePart:
+            self._end(session)
+            return self.engine.part(session, start, end)
+
+        part: CachePart = await self._call(call)
+        return part
+
+    async def take(self, session: str, part: CachePart) -> None:
+        """See :meth:`pipelines.serving.session_engine.SessionEngine.take`."""
+
+        def call() -> None:
+            self._end(session)
+            self.engine.take(session, part)
 
         await self._call(call)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from pipelines.serving.stages import Handover
+
 _BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -28,7 +30,19 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=own,
         )
+        self.handed_s = Histogram(
+            "omni_ray_handover_seconds",
+            "A session's rows from one language stage to the other",
+            buckets=_BUCKETS_S,
+            registry=own,
+        )
+        self.handed_bytes = Counter("omni_ray_handover_bytes", "Bytes of such rows", registry=own)
         self.errors = Counter("omni_ray_client_events_refused", "Client events answered with an error", registry=own)
+
+    def handed(self, handover: Handover) -> None:
+        """Count a handover."""
+        self.handed_s.observe(handover.seconds)
+        self.handed_bytes.inc(handover.bytes)
 
     def text(self) -> bytes:
         """The exposition."""

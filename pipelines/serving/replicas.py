@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from omni_ray.config.load import load_recipe
 from omni_ray.config.recipe import Recipe
 from omni_ray.config.serving import ServePool
 from omni_ray.data.tokenizer import Tokenizer
+from omni_ray.inference.requests import CachePart
 from pipelines.serving.census import process_census
 from pipelines.serving.desk import Desk
 from pipelines.serving.language_loop import LanguageLoop
 from pipelines.serving.rooms import AudioRoom, Packet, SpeechRoom
 from pipelines.serving.session_engine import SessionEngine
-from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
+from pipelines.serving.stages import AnswerOptions, AnswerRows, Handover, Rows
 
 QUEUED_PER_REPLICA = 64
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 1.0, 15.0
@@ -200,6 +203,16 @@ class SpeechReplica(WorkerReplica):
         self._room.sweep(self.unused_s)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedPart:
+    """Rows of a session on their way to the other language stage."""
+
+    rows: Any
+    """A packed :class:`omni_ray.inference.requests.CachePart`."""
+    began: float
+    """Wall clock."""
+
+
 class LanguageReplica(WorkerReplica):
     """Rows to rows, for all sessions that it holds together."""
 
@@ -232,6 +245,26 @@ class LanguageReplica(WorkerReplica):
         async with aclosing(self._loop.answer(session, at, rows, options)) as parts:  # type: ignore[type-var]
             async for part in parts:
                 yield part
+
+    async def part(self, session: str, start: int, stop: int) -> PackedPart:
+        """Rows [start, stop) of a session, for a replica of the other language stage."""
+        began = time.time()
+        part = await self._loop.part(session, start, stop)
+        return PackedPart(pack(part), began)
+
+    async def take(self, session: str, part: PackedPart) -> Handover:
+        """Have rows of the other language stage."""
+        rows: CachePart = unpack(part.rows)
+        await self._loop.take(session, rows)
+        return Handover(rows.rows_ATX.nbytes, time.time() - part.began)
+
+    async def make(self, session: str, part: PackedPart, at: int, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
+        """:meth:`take`, then answer."""
+        handed: Handover | None = await self.take(session, part)
+        async with aclosing(self.answer(session, at, Rows.of_text([]), options)) as parts:  # type: ignore[type-var]
+            async for made in parts:
+                yield replace(made, handed=handed)
+                handed = None
 
     async def forget(self, session: str) -> None:
         """Free a session."""

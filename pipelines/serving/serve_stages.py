@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from omni_ray.observability.events import emit
 from omni_ray.types.modality import Modality
 from pipelines.serving.errors import ApiError, busy
-from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows, SessionLostError
+from pipelines.serving.split import End, Split
+from pipelines.serving.stages import AnswerOptions, AnswerRows, Handover, Rows, SessionLostError
 
 READY_TIMEOUT_S = 5.0
 FREE_TIMEOUT_S = 30.0
@@ -37,6 +39,9 @@ class ServeStages:
         """Stages that gave no sign of life when they were last asked: nobody waits long for them once more."""
         self._sticky: dict[str, dict[tuple[str, str], Any]] = {}
         self._freeing: set[asyncio.Task[None]] = set()
+        self._split = Split(self) if "prefill" in stages else None
+        self.on_handover: Callable[[Handover], None] = lambda handed: None
+        """Told when a session's rows went from one language stage to the other."""
 
     async def encode(self, modality: Modality, media: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """See the protocol."""
@@ -51,11 +56,40 @@ class ServeStages:
 
     async def extend(self, session: str, at: int, rows: Rows) -> None:
         """See the protocol."""
+        if self._split is not None:
+            await self._split.extend(session, at, rows)
+            return
         await self._watched("language", self._handle("language", "extend", session).remote(session, at, rows), session)
 
-    async def answer(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
+    def answer(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
         """See the protocol."""
-        stream = self._handle("language", "answer", session).remote(session, at, rows, options)
+        if self._split is not None:
+            return self._split.answer(session, at, rows, options)
+        return self._parts(session, self._handle("language", "answer", session).remote(session, at, rows, options))
+
+    async def read(self, session: str, at: int, rows: Rows) -> None:
+        """See :class:`pipelines.serving.split.Ends`."""
+        await self._watched("prefill", self._handle("prefill", "extend", session).remote(session, at, rows), session)
+
+    def part(self, end: End, session: str, start: int, stop: int) -> Any:
+        """See :class:`pipelines.serving.split.Ends`; a response that Serve hands to the other replica unopened."""
+        return self._handle(end, "part", session).remote(session, start, stop)
+
+    async def take(self, session: str, part: Any) -> None:
+        """See :class:`pipelines.serving.split.Ends`."""
+        handed = await self._watched("prefill", self._handle("prefill", "take", session).remote(session, part), session)
+        self.on_handover(handed)
+
+    async def make(self, session: str, part: Any, at: int, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
+        """See :class:`pipelines.serving.split.Ends`."""
+        stream = self._handle("language", "make", session).remote(session, part, at, options)
+        async with aclosing(self._parts(session, stream)) as parts:  # type: ignore[type-var]
+            async for made in parts:
+                if made.handed is not None:
+                    self.on_handover(made.handed)
+                yield made
+
+    async def _parts(self, session: str, stream: Any) -> AsyncIterator[AnswerRows]:
         ended = False
         try:
             while (part := await self._watched("language", _next(stream), session)) is not None:
@@ -78,6 +112,8 @@ class ServeStages:
             self._freeing.add(task)
             task.add_done_callback(self._freeing.discard)
         self._sticky.pop(session, None)
+        if self._split is not None:
+            self._split.forget(session)
 
     async def ready(self) -> Mapping[str, bool]:
         """Which stages answer within :data:`READY_TIMEOUT_S`."""
@@ -88,7 +124,7 @@ class ServeStages:
         mine = self._sticky.setdefault(session, {})
         if (stage, method) not in mine:
             mine[stage, method] = self._stages[stage].options(
-                method_name=method, session_id=session, stream=method == "answer"
+                method_name=method, session_id=session, stream=method in ("answer", "make")
             )
         return mine[stage, method]
 

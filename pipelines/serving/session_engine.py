@@ -11,6 +11,7 @@ from torch import Tensor
 
 from omni_ray.inference.engine import Engine
 from omni_ray.inference.requests import AnswerOptions as EngineOptions
+from omni_ray.inference.requests import CachePart
 from pipelines.serving.errors import bad_request
 from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError
 
@@ -92,6 +93,25 @@ class SessionEngine:
         self._running.pop(session, None)
         self.engine.crop(self._sessions[session], at)
         return self._sessions[session]
+
+    def part(self, session: str, start: int, end: int) -> CachePart:
+        """Rows [start, end) of a session, for another engine; its answer in progress ends.
+
+        Raises:
+            SessionLostError: the session has fewer rows here.
+        """
+        self.stop(session)
+        if end > self.length(session):
+            raise SessionLostError(f"session has {self.length(session)} rows here, not {end}")
+        return self.engine.part(self._sessions[session], start, end)
+
+    def take(self, session: str, part: CachePart) -> None:
+        """Have another engine's rows from ``part.start`` on; an answer in progress ends.
+
+        Raises:
+            SessionLostError: the session has fewer rows here.
+        """
+        self.engine.take(self.cut(session, part.start), part)
 
     def start(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> None:
         """:meth:`extend`, then begin to answer; :meth:`step` makes the rows."""

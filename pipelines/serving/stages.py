@@ -79,6 +79,15 @@ class AnswerOptions:
     """Rows that may be made at once; further ones come at the rate at which sound is heard."""
 
 
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A session's rows went from one language stage to the other."""
+
+    bytes: int
+    seconds: float
+    """From when the giving replica began to copy them until the other has them, by the wall clocks of both."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerRows:
     """The next generated rows."""
@@ -89,6 +98,8 @@ class AnswerRows:
     """The last of them ended the answer."""
     logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = field(default=())
     """Of each row: the chosen text id's, and the likeliest alternatives with theirs."""
+    handed: Handover | None = None
+    """With the first rows of an answer whose prompt another stage has read."""
 
 
 class Stages(Protocol):
