@@ -78,7 +78,7 @@ class Engine:
             RequestError: an empty prompt, no room to answer, or features that do not fit their rows.
         """
         for request in requests:
-            self._check_rows(request.ids_T5, request.features, 0)
+            check_rows(self.config, request.ids_T5, request.features, 0)
             self._check_answer(len(request.ids_T5), request)
         waiting = deque(enumerate(requests))
         rows: list[list[Tensor]] = [[] for _ in requests]
