@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,9 +19,31 @@ PAGE_ROWS = 64
 """Rows of one page; a multiple of :data:`KEY_TILE`."""
 KEY_TILE = 16
 """Keys are read in multiples of this: fewer than 16 columns change the bits of a product."""
-VALUE_BLOCK = 256
-"""Keys of one sum over values: longer sums are split by the library at places that depend on their length."""
+VALUE_BLOCKS = (256, 128, 64, KEY_TILE)
+"""Keys of one sum over values, to be tried: the library splits longer sums at places that depend on their length."""
 FIRST_PAGES = 16
+
+
+@functools.cache
+def value_block() -> int:
+    """The most keys that this processor's product sums in one order, however many zeros stand behind them.
+
+    Tried, not assumed: Intel's kernels keep the order up to 256 keys, AMD's up to 128.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probs_QL = torch.rand(KEY_TILE, VALUE_BLOCKS[0], generator=generator)
+    values_LX = torch.randn(VALUE_BLOCKS[0], 3 * KEY_TILE, generator=generator)
+    for block in VALUE_BLOCKS:
+        values_LC = values_LX[:block, : 2 * KEY_TILE]
+
+        def in_order(length: int, block: int = block, values_LC: Tensor = values_LC) -> bool:
+            short_QL = probs_QL[:, :block].clone()
+            short_QL[:, length:] = 0.0
+            return torch.equal(short_QL[:, :length] @ values_LC[:length], short_QL @ values_LC)
+
+        if all(in_order(length) for length in range(KEY_TILE, block, KEY_TILE)):
+            return block
+    return KEY_TILE
 
 
 class Keys(NamedTuple):
@@ -29,7 +52,7 @@ class Keys(NamedTuple):
     turned_XL: Tensor
     """Scaled latent, then turned rotary key, of every row."""
     value_blocks: tuple[Tensor, ...]
-    """The latents [at most VALUE_BLOCK, C], block after block."""
+    """The latents [at most ``value_block()``, C], block after block."""
 
 
 @dataclass(slots=True)
@@ -59,6 +82,7 @@ class LatentCache:
         self.rank = config.kv_lora_rank
         self.width = config.kv_lora_rank + config.qk_rope_head_dim
         self.max_pages = max_pages
+        self._value_block = value_block()
         self._users: list[int] = []
         self._used = bytearray()
         self._sequences: dict[int, _Sequence] = {}
@@ -169,7 +193,7 @@ class LatentCache:
         return self._views(self._slots[slot].index_select(0, entry.index[:padded]))
 
     def _views(self, rows_LX: Tensor) -> Keys:
-        return Keys(rows_LX.t(), rows_LX[:, : self.rank].split(VALUE_BLOCK))
+        return Keys(rows_LX.t(), rows_LX[:, : self.rank].split(self._value_block))
 
     def crop(self, sequence: int, length: int) -> None:
         """Forget the rows of one sequence from ``length`` on; costs nothing but a few list entries.

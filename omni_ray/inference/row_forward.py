@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_ray.inference.cache import KEY_TILE, VALUE_BLOCK, LatentCache
+from omni_ray.inference.cache import KEY_TILE, LatentCache
 from omni_ray.inference.row_memory import REMEMBERED_ROWS, RowMemory, remember
 from omni_ray.inference.row_mixture import mixture
 from omni_ray.inference.row_weights import (
@@ -215,7 +215,7 @@ def _sum_values(probs_QL: Tensor, value_blocks: tuple[Tensor, ...], out_QC: Tens
     if len(value_blocks) == 1:
         torch.mm(probs_QL, value_blocks[0], out=out_QC)
         return
-    first, *others = zip(probs_QL.split(VALUE_BLOCK, dim=1), value_blocks, strict=True)
+    first, *others = zip(probs_QL.split(len(value_blocks[0]), dim=1), value_blocks, strict=True)
     torch.mm(*first, out=out_QC)
     for probs_QB, values_BC in others:
         out_QC.addmm_(probs_QB, values_BC)

@@ -24,8 +24,9 @@ from omni_ray.models.layers import ROW_TILE, GatedMLP, RMSNorm
 from omni_ray.models.llm import LanguageModel
 from omni_ray.models.moe import MoE
 
-FEWEST_ROWS = 2
-"""One row alone takes another path (matrix times vector), whose sums run in another order."""
+FEWEST_ROWS = (2, 4)
+"""Rows of a product, to be tried: one row alone takes another path (matrix times vector), whose sums run in another
+order; AMD's processors have other paths for two and three as well."""
 ROW_BLOCK = 128
 """Most rows of one product: from 192 on, sums over 1,024 and more inputs are split at other places."""
 PANEL = 256
@@ -118,12 +119,13 @@ class RowWeights:
     audio_heads: tuple[Panels, ...]
     """[H, codec vocabulary] of every codebook."""
     tile: int
-    """2, or 16 where only multiples of 16 rows agree (see :func:`row_tile`)."""
+    """2 or 4: fewest rows of a product; or 16, where only multiples of 16 rows agree (see :func:`row_tile`)."""
 
     def padded(self, rows: int) -> int:
-        """Rows of a product that serves ``rows`` rows: no block of it is a lone row."""
-        if self.tile == FEWEST_ROWS:
-            return rows + 1 if rows % ROW_BLOCK == 1 else rows
+        """Rows of a product that serves ``rows`` rows: no block of it has too few."""
+        if self.tile in FEWEST_ROWS:
+            last = rows % ROW_BLOCK
+            return rows + max(0, self.tile - last) if last else rows
         return rows + -rows % self.tile
 
 
@@ -214,19 +216,24 @@ def _matrix(weight: Tensor, gain: Tensor | None = None) -> Panels:
 
 
 def row_tile(matrices: Sequence[Tensor]) -> int:
-    """2 where this processor's products give a row the same bits for any count from 2 on, else 16.
+    """The fewest rows from which on this processor's products give a row the same bits for any count: 2 or 4, else 16.
 
     Tried, not assumed: the property belongs to the library's kernels, which differ between processors.
     """
-    for matrix in matrices:
-        if matrix.dtype != torch.float32 or matrix.device.type != "cpu":
-            continue
-        generator = torch.Generator().manual_seed(0)
-        x_TK = torch.randn(ROW_BLOCK, matrix.shape[0] + EDGE, generator=generator)[:, : matrix.shape[0]]
-        whole_TN = x_TK @ matrix
-        if not all(torch.equal(x_TK[:rows] @ matrix, whole_TN[:rows]) for rows in (2, 3, 5, 11, 24)):
-            return ROW_TILE
-    return FEWEST_ROWS
+    exact = [matrix for matrix in matrices if matrix.dtype == torch.float32 and matrix.device.type == "cpu"]
+    for fewest in FEWEST_ROWS:
+        if all(_agrees(matrix, fewest) for matrix in exact):
+            return fewest
+    return ROW_TILE
+
+
+def _agrees(matrix_KN: Tensor, fewest: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    inputs = matrix_KN.shape[0]
+    x_TK = torch.randn(ROW_BLOCK, inputs + EDGE, generator=generator)[:, :inputs]
+    whole_TN = x_TK @ matrix_KN
+    counts = (fewest, fewest + 1, 5, 6, 7, 11, 24)
+    return all(torch.equal(x_TK[:rows] @ matrix_KN, whole_TN[:rows]) for rows in counts)
 
 
 def _gain(norm: RMSNorm, scale: float = 1.0) -> Tensor:

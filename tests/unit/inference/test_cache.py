@@ -8,7 +8,7 @@ from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from omni_ray.config.model import model_preset
-from omni_ray.inference.cache import KEY_TILE, PAGE_ROWS, LatentCache
+from omni_ray.inference.cache import KEY_TILE, PAGE_ROWS, LatentCache, value_block
 from omni_ray.types.errors import ResourceError
 
 CONFIG = model_preset("tiny").language
@@ -160,3 +160,16 @@ class CacheMachine(RuleBasedStateMachine):
 
 CacheMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
+
+
+def test_a_sum_over_values_keeps_its_order_whatever_stands_behind() -> None:
+    """What the probe promises, on other numbers and shapes than it tried."""
+    generator = torch.Generator().manual_seed(7)
+    block = value_block()
+    probs_QL, values_LX = torch.rand(48, block, generator=generator), torch.randn(block, 200, generator=generator)
+    for length in range(KEY_TILE, block, KEY_TILE):
+        padded_QL = probs_QL.clone()
+        padded_QL[:, length:] = 0.0
+        for width in (24, 64, 160):
+            short_QC = probs_QL[:, :length].contiguous() @ values_LX[:length, :width]
+            assert torch.equal(short_QC, padded_QL @ values_LX[:, :width])

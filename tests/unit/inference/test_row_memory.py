@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from omni_ray.config.model import model_preset
@@ -9,7 +12,7 @@ from omni_ray.inference import row_memory
 from omni_ray.inference.cache import LatentCache
 from omni_ray.inference.requests import AnswerOptions
 from omni_ray.inference.row_forward import RowForward
-from omni_ray.inference.row_weights import row_weights
+from omni_ray.inference.row_weights import ROW_BLOCK, row_weights
 from omni_ray.inference.rows import RowSampler, Vocabulary
 from omni_ray.models.llm import LanguageModel
 
@@ -52,3 +55,14 @@ def test_no_memory_of_a_choice_holds_on_to_exchanged_weights() -> None:
         sampler.next_rows(torch.randn(len(sampler), CONFIG.hidden_size), first)
     sampler.next_rows(torch.randn(3, CONFIG.hidden_size), second)
     assert [memory.weights is second for memory in sampler._memories.values()] == [True]
+
+
+@pytest.mark.parametrize("fewest", [2, 4, 16])
+def test_no_block_of_a_product_has_too_few_rows(fewest: int) -> None:
+    weights = replace(row_weights(LanguageModel(CONFIG)), tile=fewest)
+    for rows in range(1, 300):
+        padded = weights.padded(rows)
+        assert rows <= padded < rows + fewest
+        last = padded % ROW_BLOCK
+        assert last == 0 or last >= fewest
+        assert fewest < 16 or padded % 16 == 0
