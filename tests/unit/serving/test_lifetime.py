@@ -108,7 +108,8 @@ def test_a_peer_that_answers_no_ping_is_let_go_and_one_that_does_stays(tiny_chec
         await there.send('{"type": "input_audio_buffer.clear"}')
         assert json.loads(await there.recv())["type"] == "input_audio_buffer.cleared"
         await there.close()
-        gone.transport.abort()
+        gone.transport.resume_reading()
+        await gone.close()
 
     with running(tiny_checkpoint, limits={"ping_s": 0.3, "half_open_s": 1.0}) as server:
         asyncio.run(asyncio.wait_for(talk(server), 60))
@@ -119,18 +120,20 @@ def test_a_client_that_does_not_read_is_told_to_come_again(tiny_checkpoint: Path
     """It goes on asking and takes none of the answers."""
 
     async def talk(server: Server) -> None:
-        socket = await websockets.connect(address(server), ping_interval=None)
+        socket = await websockets.connect(address(server), ping_interval=None, compression=None, close_timeout=1)
         await socket.recv()
         socket.transport.pause_reading()
-        words = "say blue two " * 2000
-        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": words}]}
+        words = "x" * 20_000
+        item = {"id": "long", "type": "message", "role": "user", "content": [{"type": "input_text", "text": words}]}
+        await socket.send(json.dumps({"type": "conversation.item.create", "item": item}))
         began = time.monotonic()
         while server.gateway.sessions and time.monotonic() < began + 30:
-            # Each is answered with the item, twice; nobody reads the answers.
-            await asyncio.wait_for(socket.send(json.dumps({"type": "conversation.item.create", "item": item})), 5)
-            await asyncio.sleep(0.005)
+            # Each is answered with the whole item, and nobody reads the answers.
+            await socket.send('{"type": "conversation.item.retrieve", "item_id": "long"}')
+            await asyncio.sleep(0.001)
         assert not server.gateway.sessions
-        socket.transport.abort()
+        socket.transport.resume_reading()
+        await socket.close()
 
     limits = {"slow_reader_s": 0.5, "ping_s": 20.0, "half_open_s": 40.0}
     with running(tiny_checkpoint, limits=limits) as server:
