@@ -79,7 +79,8 @@ def test_zero_comes_close_to_the_reference(
     ranks: int,
     goes_on: bool,
 ) -> None:
-    """Undisturbed; and where it goes on: resumed in the same form and after a death, with the same bits; resumed by one native rank."""
+    """Undisturbed; and where it goes on: resumed in the same form and after a death, with the same bits;
+    resumed by one native rank."""
     norms, wanted = alone
     recipe = recipe_of(base, actors=ranks, backend="deepspeed", shard=f"zero{level}")
     events = tmp_path / "events.jsonl"
