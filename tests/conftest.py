@@ -47,3 +47,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_checkpoint import write_tiny_checkpoint
 
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``world`` (a few made-up samples of every modality) and ``components`` (untrained networks).
+
+    A module that writes into it has one of its own.
+    """
+    from mini_world import write_components, write_world
+
+    folder = tmp_path_factory.mktemp("mini")
+    (folder / "world").mkdir()
+    write_world(folder / "world")
+    write_components(folder / "components")
+    return folder

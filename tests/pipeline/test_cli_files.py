@@ -28,18 +28,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of a few made-up samples, and untrained components."""
-    from mini_world import write_components, write_world
-
-    folder = tmp_path_factory.mktemp("mini")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1.3 seconds at a rate that the codec does not have."""
     path = tmp_path_factory.mktemp("sound") / "in.wav"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from mini_world import STAGES, differing, mini_recipe, weights, write_components, write_world
+from mini_world import STAGES, differing, mini_recipe, weights
 from torch import Tensor
 
 from actors.pool_actor import PoolActor
@@ -34,15 +34,6 @@ TOLERANCE = 1e-6
 """Of the whole network's weights, and of every step's gradient norm; measured: 1.3e-8 and 4e-8."""
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deepspeed")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights, write_components, write_world
+from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights
 
 from omni_ray.checkpoint import store
 from omni_ray.observability.events import EventLog, event_log_to, read_events
@@ -20,15 +20,6 @@ from pipelines.bench.mortal import mortal_classes, order_death
 from pipelines.training.loop import train
 
 LONG = [STAGES[2] | {"name": "A", "steps": 12}, STAGES[3] | {"name": "B", "steps": 4}]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recovery")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
 
 
 def recipe_of(base: Path, **changes: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights, write_components, write_world
+from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights, write_components
 from torch import Tensor
 
 from omni_ray.checkpoint import store
@@ -26,15 +26,6 @@ from omni_ray.types.batch import StepPlan
 from omni_ray.types.errors import CheckpointError, ResourceError
 from omni_ray.types.modality import Modality
 from pipelines.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mini")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights, write_components, write_world
+from mini_world import NETWORKS, STAGES, differing, mini_recipe, weights
 
 from actors.pool_actor import PoolActor
 from omni_ray.checkpoint import store
@@ -21,15 +21,6 @@ from pipelines.training.loop import train
 
 STEPS = 6
 BAD_STEP = 3
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trouble")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
 
 
 def recipe_of(base: Path, **changes: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from in_process_pools import InProcessPools, reference_weights
-from mini_world import STAGES, mini_recipe, write_components, write_world
+from mini_world import STAGES, mini_recipe
 
 from actors.group import group_backend
 from actors.pool import rank_of
@@ -70,15 +70,6 @@ SCRIPT = textwrap.dedent(
     print(f"RESULT close={close} wrong={wrong} stray={stray} refused={refused} {dict(second_device.crossings)} {apart}")
     """
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("devices")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

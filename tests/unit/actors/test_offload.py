@@ -8,9 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
 from in_process_pools import InProcessPools, trained_alone
-from mini_world import STAGES, differing, mini_recipe, write_components, write_world
+from mini_world import STAGES, differing, mini_recipe
 
 from omni_ray.training.networks import POOLS
 from omni_ray.training.prepare import StepBuilder
@@ -82,15 +81,6 @@ SCRIPT = textwrap.dedent(
     print(f"RESULT wrong={wrong} tensors={len(seen) > 1000} where={sorted(set(seen))}")
     """
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("offload")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
 
 
 def test_nothing_of_the_optimizer_is_on_the_device_and_the_bits_are_equal(base: Path) -> None:

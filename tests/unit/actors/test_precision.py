@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from in_process_pools import InProcessPools, trained_alone
-from mini_world import STAGES, differing, mini_recipe, write_components, write_world
+from mini_world import STAGES, differing, mini_recipe
 
 from omni_ray.config.recipe import Recipe
 from omni_ray.training.networks import POOLS
@@ -17,15 +17,6 @@ from omni_ray.training.prepare import StepBuilder
 BF16 = {name: {"precision": "bf16"} for name in POOLS}
 MIXED = {"language": {"precision": "bf16"}, "vision": {"precision": "fp32"}, "audio": {"precision": "bf16"}}
 STAGE = STAGES[2] | {"steps": 2, "trainable": [*STAGES[2]["trainable"], "audio"]}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("precision")
-    (folder / "world").mkdir()
-    write_world(folder / "world")
-    write_components(folder / "components")
-    return folder
 
 
 def recipe_of(base: Path, pools: dict[str, Any], **changes: Any) -> Recipe:
