@@ -49,7 +49,7 @@ def test_a_lost_worker_of_two_changes_no_bit(tmp_path: Path) -> None:
     lines: list[str] = []
     run = asked(tmp_path, "2", workers=2, start=start_codec(tmp_path / "start"))
     document = train_speech(run, lines.append, fail_at=("polish", 3))
-    clips, held_out = load_material(run.out / "material.pt")
+    clips, held_out = load_material(run.out / "material.safetensors")
     assert {clip.id for clip in held_out} == {"voice-0/4.wav", "voice-1/3.wav"}, "every third file"
     assert len(clips) == 4
     assert any("left out: voice-0/broken.wav" in line for line in lines)
@@ -65,7 +65,7 @@ def test_a_lost_worker_of_two_changes_no_bit(tmp_path: Path) -> None:
     (sample,) = document["stages"]["2"]["samples"]
     for name in ("original", "rebuilt", "picture"):
         assert (run.out / "2" / "samples" / sample[name]).stat().st_size > 1000
-    assert (run.out / "2" / "discriminator.pt").is_file()
+    assert (run.out / "2" / "discriminator.safetensors").is_file()
     assert "spectrograms" in (run.out / "2" / "index.html").read_text()
     again = train_speech(asked(tmp_path, "2", workers=2, resume=True), lines.append)
     assert again["stages"] == document["stages"]

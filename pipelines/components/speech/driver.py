@@ -19,8 +19,9 @@ from pipelines.components.speech.group import Alone, own_parts
 from pipelines.components.speech.material import gather_material, load_material, save_material
 from pipelines.components.speech.run_report import phase_losses, write_report, write_samples
 from pipelines.components.speech.semantic import KMEANS_PARTS
+from pipelines.components.speech.state_file import load_state, save_state
 
-RECIPE, MATERIAL, REPORT = "recipe.json", "material.pt", "report.json"
+RECIPE, MATERIAL, REPORT = "recipe.json", "material.safetensors", "report.json"
 Log = Callable[[str], None]
 
 
@@ -120,7 +121,7 @@ def _train_stage(run: SpeechRun, stage: SpeechStage, log: Log, fail_at: tuple[st
     codec.load_state_dict(state["codec"])
     codec.eval().save_pretrained(folder, dtype=torch.float32)
     for name, values in state["left"].items():
-        torch.save(values, folder / f"{name}.pt")
+        save_state(folder / f"{name}.safetensors", values)
     _, held_out = load_material(run.out / MATERIAL)
     every = max(1, len(held_out) // max(1, run.recipe.samples))
     # The semantic stages leave no decoder worth hearing.
@@ -174,7 +175,7 @@ def _fit(run: SpeechRun, stage: SpeechStage, start: Path | None, fail_at: tuple[
         if result.checkpoint is None:
             raise OmniError(f"stage {stage} ended without a checkpoint; its storage is {storage}")
         with result.checkpoint.as_directory() as folder:
-            state: dict[str, Any] = torch.load(Path(folder) / STATE, weights_only=True)
+            state: dict[str, Any] = load_state(Path(folder) / STATE)
     return state
 
 

@@ -12,6 +12,7 @@ from omni_ray.config.speech_training import SpeechDataConfig
 from omni_ray.data.audio import decode_audio
 from omni_ray.types.errors import DataError, MediaError
 from pipelines.components.codec_material import INPUT_RATE_HZ, OUTPUT_RATE_HZ, Clip, held_out_clips, training_clips
+from pipelines.components.speech.state_file import load_state, save_state
 
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 LONGEST_FILE_S = 1800.0
@@ -85,12 +86,12 @@ def save_material(path: Path, train: Sequence[Clip], held_out: Sequence[Clip]) -
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
     sides = {"train": train, "held_out": held_out}
-    torch.save({name: [asdict(clip) for clip in clips] for name, clips in sides.items()}, aside)
+    save_state(aside, {name: [asdict(clip) for clip in clips] for name, clips in sides.items()})
     aside.replace(path)
 
 
 def load_material(path: Path) -> tuple[list[Clip], list[Clip]]:
     """Both sides; sounds are mapped, so that workers of one machine share their memory."""
-    stored = torch.load(path, mmap=True, weights_only=True)
+    stored = load_state(path)
     train, held_out = ([Clip(**fields) for fields in stored[name]] for name in ("train", "held_out"))
     return train, held_out

@@ -17,8 +17,9 @@ from pipelines.components.speech.group import TorchGroup
 from pipelines.components.speech.loop import PhaseState
 from pipelines.components.speech.material import load_material
 from pipelines.components.speech.stages import StageRun, new_codec, run_stage, stage_state
+from pipelines.components.speech.state_file import load_state, save_state
 
-STATE = "state.pt"
+STATE = "state.safetensors"
 FAIL_AT = "fail_at"
 """Key of a test's settings: (phase, step) at which a worker of the first attempt ends."""
 
@@ -47,7 +48,7 @@ def read_state() -> dict[str, Any] | None:
     if found is None:
         return None
     with found.as_directory() as folder:
-        state: dict[str, Any] = torch.load(Path(folder) / STATE, weights_only=True)
+        state: dict[str, Any] = load_state(Path(folder) / STATE)
     return state
 
 
@@ -57,7 +58,7 @@ def report(metrics: dict[str, Any], make: Callable[[], dict[str, Any]], rank: in
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(make(), Path(folder) / STATE)
+        save_state(Path(folder) / STATE, make())
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
