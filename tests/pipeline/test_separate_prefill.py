@@ -1,8 +1,9 @@
-"""Prefill and decode as deployments of their own: a real server's answers are those of one engine."""
+"""Prefill and decode as deployments of their own: a real server's answers are those of one engine in one process."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,10 @@ from tiny_checkpoint import write_tiny_checkpoint
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SCRIPT = """
-    import asyncio, json, sys
+    import asyncio, contextlib, json, sys
     from pathlib import Path
     import httpx
+    from local_server import Server
     from pipelines.bench.serve_clients import Voice
     from pipelines.serving.app import serve
 
@@ -36,9 +38,18 @@ SCRIPT = """
                 done = await self._until("response.done")
                 self.said.append(done["response"]["output"][0]["content"][0]["transcript"])
 
-    found = {}
-    for side in ("together", "separate"):
-        with serve(Path(sys.argv[1]), port=0, block=False, prefill_decode=side) as served:
+    @contextlib.contextmanager
+    def together(checkpoint):
+        server = Server(checkpoint)
+        server.start()
+        yield server
+        server.stop()
+
+    checkpoint, found = Path(sys.argv[1]), {}
+    sides = {"together": together(checkpoint),
+             "separate": serve(checkpoint, port=0, block=False, prefill_decode="separate")}
+    for side, server in sides.items():
+        with server as served:
             with httpx.Client(base_url=served.url, timeout=120, trust_env=False) as client:
                 message = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]
                 voice = Talk(served.url.replace("http", "ws", 1) + "/v1/realtime", {"kind": "turns", "rows": 12}, 0)
@@ -54,7 +65,10 @@ SCRIPT = """
 def test_a_separate_prefill_answers_alike_and_hands_its_cache_over(tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(checkpoint)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    here = Path(__file__).resolve().parents[1]
+    paths = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     together, separate = found["together"], found["separate"]
