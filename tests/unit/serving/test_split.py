@@ -195,11 +195,11 @@ def test_a_spoken_conversation_sounds_the_same(model: Any) -> None:
     async def talk(stages: Any) -> bytes:
         client: Client = await open_client(stages, model)
         await client.send("session.update", session=SHORT)
-        for _ in range(2):
+        for turn in range(2):
             await client.say(room(0.3), voiced(1.4), room(0.4), voiced(0.7))
             await settled(client)
             await client.say(room(0.8))
-            await client.wait("response.done")
+            await client.wait("response.done", turn + 1)
             await settled(client)
             client.session.turns.spoken()
         heard = b"".join(base64.b64decode(event["delta"]) for event in client.of("response.output_audio.delta"))
