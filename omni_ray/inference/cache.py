@@ -141,10 +141,14 @@ class LatentCache:
     def places(self, sequence: int, rows: int) -> list[int]:
         """Storage places of the next ``rows`` rows, after :meth:`reserve`."""
         entry = self._sequences[sequence]
-        first = entry.length
+        return self._places(entry, entry.length, entry.length + rows)
+
+    @staticmethod
+    def _places(entry: _Sequence, start: int, end: int) -> list[int]:
+        """Storage places of rows [start, end)."""
         if entry.start is not None:
-            return list(range(entry.start + first, entry.start + first + rows))
-        return [entry.pages[row // PAGE_ROWS] * PAGE_ROWS + row % PAGE_ROWS for row in range(first, first + rows)]
+            return list(range(entry.start + start, entry.start + end))
+        return [entry.pages[row // PAGE_ROWS] * PAGE_ROWS + row % PAGE_ROWS for row in range(start, end)]
 
     def write(self, slot: int, place_T: Tensor, rows_TX: Tensor) -> None:
         """Put rows of one slot at their places; :meth:`append` counts them once every slot has them.
@@ -162,8 +166,8 @@ class LatentCache:
     def read(self, sequence: int, start: int, end: int) -> Tensor:
         """Copy of rows [start, end) of a sequence in all slots, [A, T, C + R]; what :meth:`write_all` takes."""
         entry = self._sequences[sequence]
-        place_T = [entry.pages[row // PAGE_ROWS] * PAGE_ROWS + row % PAGE_ROWS for row in range(start, end)]
-        return self._rows.index_select(1, torch.tensor(place_T, dtype=torch.long, device=self._rows.device))
+        place_T = torch.tensor(self._places(entry, start, end), dtype=torch.long, device=self._rows.device)
+        return self._rows.index_select(1, place_T)
 
     def write_all(self, sequence: int, rows_ATX: Tensor) -> None:
         """Append rows of another cache, as :meth:`read` gave them.

@@ -129,15 +129,38 @@ class VisionReplica(WorkerReplica):
         return await self._run("features", media)
 
 
-class AudioReplica(WorkerReplica):
+class StreamReplica(WorkerReplica):
+    """Holds the running streams of sessions in a room."""
+
+    _room: AudioRoom | SpeechRoom
+
+    async def forget(self, session: str) -> None:
+        """Free a session, after what runs for it."""
+        async with self._one_at_a_time:
+            self._room.forget(session)
+
+    async def held(self) -> int:
+        """Sessions held."""
+        return len(self._room)
+
+    def holds(self) -> dict[str, int]:
+        """Sessions; a stream has no pages."""
+        return {"sessions": len(self._room), "pages": 0}
+
+    def check_health(self) -> None:
+        """Ray Serve asks every second; streams that nobody has used for long belong to a gateway that is gone."""
+        self._room.sweep(self.unused_s)
+
+
+class AudioReplica(StreamReplica):
     """Sounds to rows, whole or as they are spoken."""
 
     pool = "audio"
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint)
-        self._room = AudioRoom(self.worker.network)
-        self._desk = Desk(functools.partial(self._alone, self._room.hear_together))
+        self._room = room = AudioRoom(self.worker.network)
+        self._desk = Desk(functools.partial(self._alone, room.hear_together))
 
     async def features(self, media: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """Rows [n, D] of every item; waves [S] at 16 kHz in."""
@@ -153,54 +176,24 @@ class AudioReplica(WorkerReplica):
     async def forget(self, session: str) -> None:
         """Free a session, after what runs for it."""
         self._desk.forget(session)
-        async with self._one_at_a_time:
-            self._room.forget(session)
-
-    async def held(self) -> int:
-        """Sessions held."""
-        return len(self._room)
-
-    def holds(self) -> dict[str, int]:
-        """Sessions; a stream has no pages."""
-        return {"sessions": len(self._room), "pages": 0}
-
-    def check_health(self) -> None:
-        """Ray Serve asks every second; streams that nobody has used for long belong to a gateway that is gone."""
-        self._room.sweep(self.unused_s)
+        await super().forget(session)
 
 
-class SpeechReplica(WorkerReplica):
+class SpeechReplica(StreamReplica):
     """Codec ids to sound."""
 
     pool = "speech"
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint)
-        self._room = SpeechRoom(self.worker.network)
+        self._room = self._mouth = SpeechRoom(self.worker.network)
 
     async def say(
         self, session: str, answer: int, first: int, codes_N4: NDArray[np.int64], final: bool
     ) -> NDArray[np.float32]:
         """See :meth:`pipelines.serving.rooms.SpeechRoom.say`."""
-        wave: NDArray[np.float32] = await self._alone(self._room.say, session, answer, first, codes_N4, final)
+        wave: NDArray[np.float32] = await self._alone(self._mouth.say, session, answer, first, codes_N4, final)
         return wave
-
-    async def forget(self, session: str) -> None:
-        """Free a session, after what runs for it."""
-        async with self._one_at_a_time:
-            self._room.forget(session)
-
-    async def held(self) -> int:
-        """Sessions held."""
-        return len(self._room)
-
-    def holds(self) -> dict[str, int]:
-        """Sessions; a stream has no pages."""
-        return {"sessions": len(self._room), "pages": 0}
-
-    def check_health(self) -> None:
-        """Ray Serve asks every second; streams that nobody has used for long belong to a gateway that is gone."""
-        self._room.sweep(self.unused_s)
 
 
 @dataclass(frozen=True, slots=True)
