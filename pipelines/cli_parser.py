@@ -109,6 +109,18 @@ def _add_training(commands: _Commands) -> None:
         "--components-scale", type=float, default=1.0, help="share of their steps with --components train (default 1)"
     )
     quickstart.add_argument("--seed", type=int, default=0, help="other initial weights and order")
+    _add_train(commands)
+    submit = commands.add(
+        "submit",
+        "pipelines.cli_train:submit",
+        "send a recipe to a running cluster as a job",
+        f"{PROG} submit tiny --address http://127.0.0.1:8265",
+    )
+    _add_recipe(submit)
+    submit.add_argument("--address", help="the cluster's job endpoint")
+
+
+def _add_train(commands: _Commands) -> None:
     train = commands.add(
         "train",
         "pipelines.cli_train:train",
@@ -120,14 +132,12 @@ def _add_training(commands: _Commands) -> None:
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of --out")
     train.add_argument("--timeline", metavar="OUT.json", type=Path, help="write spans of every actor for Perfetto")
-    submit = commands.add(
-        "submit",
-        "pipelines.cli_train:submit",
-        "send a recipe to a running cluster as a job",
-        f"{PROG} submit tiny --address http://127.0.0.1:8265",
+    train.add_argument(
+        "--live-port",
+        metavar="PORT",
+        type=int,
+        help="serve the pools on 127.0.0.1 while they train: page and protocols of `serve`, answered between steps",
     )
-    _add_recipe(submit)
-    submit.add_argument("--address", help="the cluster's job endpoint")
 
 
 def _add_use(commands: _Commands) -> None:

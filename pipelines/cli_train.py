@@ -7,6 +7,7 @@ import json
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from omni_ray.types.errors import NotYetError
 from pipelines.cli_outcome import Outcome, real_data_folder
@@ -45,7 +46,13 @@ def train(args: Namespace) -> Outcome:
     from pipelines.training.loop import train as run_training
     from pipelines.training.timeline import usage_text
 
-    result = run_training(recipe, out, args.resume, timeline=args.timeline)
+    looked_at: dict[str, Any] = {}
+    if args.live_port is not None:
+        from pipelines.serving.live.actor import LiveActor
+        from pipelines.serving.live.view import LiveView
+
+        looked_at = {"actor": LiveActor, "onlooker": LiveView(args.live_port)}
+    result = run_training(recipe, out, args.resume, timeline=args.timeline, **looked_at)
     if result.finished:
         text = f"trained {result.step} steps in {result.seconds:.0f} s; checkpoint {result.checkpoint}"
         text += f"\n{usage_text(result.usage)}" if result.usage else ""

@@ -24,10 +24,12 @@ class Server:
         from pipelines.serving.gateway import Gateway
         from pipelines.serving.listener import patient_socket, server_config
         from pipelines.serving.local_stages import LocalStages
+        from pipelines.serving.replicas import read_recipe
 
         self.model = load_model(checkpoint)
         self.stages = LocalStages(self.model)
-        self.gateway = Gateway(str(checkpoint), str(key_file) if key_file else None, self.stages)
+        keys = str(key_file) if key_file else None
+        self.gateway = Gateway(read_recipe(checkpoint), self.model.tokenizer, keys, self.stages)
         if limits is not None:
             self.gateway.serving = self.gateway.serving.model_copy(update={"limits": Limits.model_validate(limits)})
             self.gateway.limits = self.gateway.serving.limits

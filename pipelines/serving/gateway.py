@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from omni_ray.config.recipe import Recipe
 from omni_ray.config.serving import ServingConfig
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.inference.vad import voice_activity
@@ -46,14 +47,13 @@ T = TypeVar("T")
 class Gateway:
     """Behind the endpoints: admission, preparation, and the walk through the stages."""
 
-    def __init__(self, checkpoint: str, api_key_file: str | None, stages: Stages) -> None:
-        folder = Path(checkpoint)
-        self.recipe = read_recipe(folder)
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, api_key_file: str | None, stages: Stages) -> None:
+        self.recipe = recipe
         self.serving = self.recipe.serving
         self.limits = self.serving.limits
         self.keys = read_api_keys(Path(api_key_file)) if api_key_file else ()
         self.name = f"omni-ray-{self.recipe.size}"
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        self.tokenizer = tokenizer
         self.maker = PromptMaker(self.recipe.networks, self.tokenizer, self.limits)
         self.template = Template(self.tokenizer, self.recipe.networks)
         self.activity = voice_activity(self.serving.turn.detector)
@@ -171,9 +171,9 @@ class ServeGateway(Gateway):
         **handles: DeploymentHandle,
     ) -> None:
         """``handles``: vision, audio, language, speech, and prefill where prompts are read apart."""
-        patience_s = read_recipe(Path(checkpoint)).serving.limits.stage_s
-        stages = ServeStages(patience_s, **handles)
-        super().__init__(checkpoint, api_key_file, stages)
+        recipe = read_recipe(Path(checkpoint))
+        stages = ServeStages(recipe.serving.limits.stage_s, **handles)
+        super().__init__(recipe, Tokenizer.load(Path(checkpoint) / "tokenizer.json"), api_key_file, stages)
         stages.on_handover = self.metrics.handed
 
     def __serve_build_asgi_app__(self) -> Asgi:

@@ -148,7 +148,7 @@ class AudioRoom:
         else:
             for packet, state in zip(packets, split(after), strict=True):
                 self._states.put(packet.session, (packet.turn, packet.number + 1, state))
-        return [rows_ND.numpy().copy() for rows_ND in rows_BND]
+        return [rows_ND.float().cpu().numpy().copy() for rows_ND in rows_BND]
 
     def forget(self, session: str) -> None:
         """Free a session's stream."""

@@ -158,7 +158,7 @@ class ServeStages:
         except BackPressureError:
             raise busy(f"the {name} stage is full") from None
         except (RayError, RayServeException) as error:
-            raise _failure(name, error) from None
+            raise failure(name, error) from None
         finally:
             if not work.done():
                 work.cancel()
@@ -191,7 +191,7 @@ class ServeStages:
         return True
 
 
-def _failure(name: str, error: BaseException) -> Exception:
+def failure(name: str, error: BaseException) -> Exception:
     """A stage's failure: one sentence for the client, and one event without anyone's words for the log."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, SessionLostError | ApiError):

@@ -37,6 +37,7 @@ from omni_ray.types.errors import CheckpointError, ResourceError
 from pipelines.training.checkpoint import CheckpointWriter, ResumePoint, lock_run, resume_point
 from pipelines.training.data_root import data_root
 from pipelines.training.gap_watch import GapWatch
+from pipelines.training.onlooker import Onlooker
 from pipelines.training.plan_log import PlanLog
 from pipelines.training.step import StepDriver, StepHandles, StepResult
 from pipelines.training.timeline import usage, write_timeline
@@ -81,6 +82,7 @@ def train(
     timeline: Path | None = None,
     actor: type = PoolActor,
     feeder: type = Feeder,
+    onlooker: Onlooker | None = None,
 ) -> TrainResult:
     """Run a recipe's curriculum.
 
@@ -89,6 +91,7 @@ def train(
         resume: Continue from the newest whole checkpoint of ``out``; without one, start.  quiet: No progress line.
         timeline: File for the newest spans of every actor, for Perfetto.
         actor, feeder: Classes of the pools' actors and of the feeder's.
+        onlooker: Asks the pools something between two steps.
 
     Raises:
         CheckpointError: ``out`` holds another run's checkpoints, or another process writes there.
@@ -107,6 +110,10 @@ def train(
         stop = stack.enter_context(stop_signals())  # after ray.init, which sets a SIGTERM handler of its own
         run = _Run(recipe, out, root, point, quiet, (actor, feeder))
         stack.callback(run.close)
+        if onlooker is not None:
+            stack.callback(onlooker.close)
+            onlooker.start(recipe, root, run.supervisor.pools)
+            run.onlooker = onlooker
         began = time.monotonic()
         done = run.steps(stop)
         found = usage(run.supervisor.pools, time.monotonic() - began)
@@ -151,6 +158,7 @@ class _Run:
         self.flying: deque[StepHandles] = deque()
         self.entered, self.ended = -1, first
         self.recoveries, self._in_a_row = 0, 0
+        self.onlooker: Onlooker | None = None
 
     def _start_feeder(self, first: int, order: OrderState | None) -> None:
         feeder: Any = ray.remote(self._feeder_class)
@@ -181,10 +189,11 @@ class _Run:
                 self.driver.enter_stage(index)
                 self.entered = index
             if self.gap.due(step):
-                self._drain()
-                self.driver.gather()  # ranks of sharded pools may have let go of weights
+                self._settle()
                 self.gap.update(step)
                 self.next_plan = self.feeder.plan.remote(step)
+            if self.onlooker is not None:
+                self.onlooker.between(self._settle)
             self.flying.append(self.driver.submit(self._plan(step), partial(self._ask_plan, step + 1)))
             done = step + 1
             last = stop.is_set() or done == recipe.total_steps
@@ -297,6 +306,11 @@ class _Run:
     def _ask_plan(self, step: int) -> None:
         if step < self.recipe.total_steps and not self.gap.due(step):
             self.next_plan = self.feeder.plan.remote(step)
+
+    def _settle(self) -> None:
+        """End the steps in flight and bring weights together that ranks of sharded pools may have let go of."""
+        self._drain()
+        self.driver.gather()
 
     def _drain(self) -> None:
         while self.flying:
