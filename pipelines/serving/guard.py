@@ -138,7 +138,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
         listening.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise ResourceError(
-            f"port {port} on {host} cannot be used ({reason}); stop what listens there, or choose another --port"
+            f"port {port} on {host} cannot be used ({reason}); stop what listens there, or choose another port"
         ) from None
     return listening
 
