@@ -18,8 +18,8 @@ def build(args: Namespace) -> Outcome:
     if args.name == "shards":
         return _build_shards(args)
     real_data = real_data_folder()
+    from omni_ray.config.places import cache_folder
     from omni_ray.data.tiny_world.build import SOURCES, build_tiny_world
-    from pipelines.training.data_root import cache_folder
 
     out = (args.out or cache_folder() / ("tiny-world-real" if real_data else "tiny-world")).resolve()
     with Progress("tiny-world", len(SOURCES), unit="source") as line:

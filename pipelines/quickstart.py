@@ -244,7 +244,8 @@ def _figure(name: str, value: float, unit: str, goal: float | None, against: str
 
 def build_data(plan: Recipe, real_data: Path | None) -> tuple[Path, Recipe]:
     """The data root, built where the cache lacks it, and the recipe that reads it."""
-    from pipelines.training.data_root import cache_folder, data_root, real_data_folder
+    from omni_ray.config.places import cache_folder
+    from pipelines.training.data_root import data_root, real_data_folder
 
     if plan.data.root is not None:
         return data_root(plan), plan

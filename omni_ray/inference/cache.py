@@ -97,6 +97,11 @@ class LatentCache:
         return rows * self.slots * self.width * self._rows.element_size()
 
     @property
+    def storage(self) -> Tensor:
+        """[A, storage rows, C + R]: all pages, as they are until one more is taken."""
+        return self._rows
+
+    @property
     def pages_held(self) -> int:
         """Pages that some sequence holds."""
         return sum(self._used)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from omni_ray.inference.cache import PAGE_ROWS, LatentCache
+from omni_ray.inference.native.forward import forward_of
 from omni_ray.inference.prefix import PrefixStore, page_keys
 from omni_ray.inference.prompt_rows import check_rows
 from omni_ray.inference.requests import AnswerOptions, CachePart, Generation, GenerationRequest, MadeRow
-from omni_ray.inference.row_forward import RowForward
-from omni_ray.inference.row_weights import fingerprint, product, row_weights
+from omni_ray.inference.row_weights import fingerprint, product
 from omni_ray.inference.rows import RowSampler, Vocabulary
 from omni_ray.models.llm import LanguageModel
 from omni_ray.types.errors import RequestError, ResourceError
@@ -122,7 +122,7 @@ class Engine:
         seen = fingerprint(self.model)
         if seen != self._seen:
             self.prefixes.clear()
-            self._forward = RowForward(row_weights(self.model), self.model.rope_base, self.cache)
+            self._forward = forward_of(self.model, self.cache)
             self._seen = seen
         session = self.cache.open()
         self._sessions[session] = _Session(session, tenant)

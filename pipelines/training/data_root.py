@@ -6,13 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
+from omni_ray.config.places import cache_folder
 from omni_ray.config.recipe import Recipe
 from omni_ray.types.errors import DataError
-
-
-def cache_folder() -> Path:
-    """``OMNI_RAY_CACHE``, else ``~/.cache/omni_ray``."""
-    return Path(os.environ.get("OMNI_RAY_CACHE") or Path.home() / ".cache" / "omni_ray")
 
 
 def real_data_folder() -> Path | None:

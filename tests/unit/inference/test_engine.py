@@ -18,7 +18,7 @@ EOS, PAD, PAUSE = 2, 3, 7
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
+def engine(form: str) -> Engine:
     model = LanguageModel(model_preset("tiny").language, seed=3)
     with torch.no_grad():
         # Ends that do come, now and then.

@@ -27,7 +27,7 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture
-def engine(model: LanguageModel) -> Engine:
+def engine(model: LanguageModel, form: str) -> Engine:
     return Engine(model, VOCABULARY)
 
 

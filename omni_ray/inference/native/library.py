@@ -1,0 +1,69 @@
+"""Compiles ``rows.c`` once for each machine's processor and loads it; without a compiler there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from omni_ray.config.places import cache_folder
+from omni_ray.observability.events import emit
+
+SWITCH = "OMNI_RAY_NATIVE"
+"""Environment variable; ``0`` leaves the compiled form out."""
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+SOURCE = Path(__file__).with_name("rows.c")
+PATIENCE_S = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where they are switched off, cannot be compiled or cannot be loaded."""
+    if os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
+        emit("native_rows_unavailable", reason=reason[0] if reason else type(error).__name__)
+        return None
+
+
+def _compiled() -> Path:
+    """The shared library, made on first use.
+
+    Raises:
+        OSError: no compiler, or no room.  SubprocessError: it refuses the source.
+    """
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C compiler ({', '.join(COMPILERS)}) on PATH")
+    source = SOURCE.read_bytes()
+    name = hashlib.sha256(b"\0".join([source, " ".join([compiler, *FLAGS]).encode(), _processor()])).hexdigest()[:16]
+    out = cache_folder() / "native" / f"rows-{name}.so"
+    if not out.is_file():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes may get here at once: each makes its own, and the last to finish stays.
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            made = Path(folder) / out.name
+            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_S)
+            made.replace(out)
+    return out
+
+
+def _processor() -> bytes:
+    """What ``-march=native`` depends on; a home folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    told = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip(": ") in told})).encode()
