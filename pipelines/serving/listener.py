@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from omni_ray.config.serving import Limits
 from omni_ray.types.errors import ResourceError
+from pipelines.serving.frames import FrameProtocol
 from pipelines.serving.gateway import ServeGateway
 from pipelines.serving.guard import Asgi, listening_socket
 from pipelines.serving.realtime.socket import MOST_FRAME_CHARACTERS
@@ -76,6 +77,7 @@ def server_config(app: Asgi, limits: Limits, tls: dict[str, str]) -> uvicorn.Con
         access_log=False,
         log_config=None,
         server_header=False,
+        ws=FrameProtocol,
         ws_max_size=MOST_FRAME_CHARACTERS + 1024,
         ws_ping_interval=limits.ping_s,
         ws_ping_timeout=limits.half_open_s - limits.ping_s,
