@@ -28,3 +28,12 @@ class VisionWorker(EncoderWorker):
         rows_PC, grids = patch_rows(media, self.network.config)
         patches_PC = torch.from_numpy(rows_PC).to(self.device)
         return self.network(patches_PC, grids), tuple(self.network.tokens(grid) for grid in grids)
+
+    @torch.no_grad()
+    def features(self, media: Sequence[NDArray]) -> list[Tensor]:
+        """Rows [n, D] of every item, for serving; together where the encoder gives the same bits so (fp32 on CPU)."""
+        weight = self.network.vit.embeddings.patch_embedding.weight
+        if not media or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return super().features(media)
+        rows_ND, lengths = self.encode(media)
+        return list(rows_ND.split(list(lengths)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,8 @@ from pipelines.serving.session_engine import SessionEngine
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Handover, Rows
 
 QUEUED_PER_REPLICA = 64
+PACKET_DUE_S = 0.25
+"""A packet inside a turn is needed when an answer may begin: after the speculative silence at the earliest."""
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 1.0, 15.0
 """A replica that died is noticed, and started again, within the period; one that hangs after some timeouts."""
 STICKY = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -120,13 +122,25 @@ class WorkerReplica:
 
 
 class VisionReplica(WorkerReplica):
-    """Pictures and frame pairs to rows."""
+    """Pictures and frame pairs to rows; what is asked while others are at work goes through the encoder together."""
 
     pool = "vision"
 
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        self._desk: Desk[list[Any]] = Desk(functools.partial(self._alone, self._see_together))
+
     async def features(self, media: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
         """Rows [n, D] of every item; uint8 frames [1 or 2, h, w, 3] in."""
-        return await self._run("features", media)
+        rows: list[NDArray[np.float32]] = await self._desk.ask(media)
+        return rows
+
+    def _see_together(self, asked: Sequence[list[Any]]) -> list[Any]:
+        try:
+            rows = iter(self._call("features", [picture for media in asked for picture in media]))
+        except Exception as error:  # one that cannot be encoded fails by itself, not those beside it
+            return [error] if len(asked) == 1 else [self._see_together([media])[0] for media in asked]
+        return [[next(rows) for _ in media] for media in asked]
 
 
 class StreamReplica(WorkerReplica):
@@ -160,7 +174,7 @@ class AudioReplica(StreamReplica):
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint)
         self._room = room = AudioRoom(self.worker.network)
-        self._desk = Desk(functools.partial(self._alone, room.hear_together))
+        self._desk: Desk[Packet] = Desk(functools.partial(self._alone, room.hear_together))
 
     async def features(self, media: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """Rows [n, D] of every item; waves [S] at 16 kHz in."""
@@ -170,7 +184,8 @@ class AudioReplica(StreamReplica):
         self, session: str, turn: int, packet: int, wave_S: NDArray[np.float32], final: bool
     ) -> NDArray[np.float32]:
         """See :meth:`pipelines.serving.rooms.AudioRoom.hear`."""
-        rows_ND: NDArray[np.float32] = await self._desk.ask(Packet(session, turn, packet, wave_S, final))
+        piece, time_s = Packet(session, turn, packet, wave_S, final), 0.0 if final else PACKET_DUE_S
+        rows_ND: NDArray[np.float32] = await self._desk.ask(piece, session, time_s)
         return rows_ND
 
     async def forget(self, session: str) -> None:
