@@ -20,8 +20,10 @@ from omni_ray.config.model import CodecConfig
 from omni_ray.models.audio_decoder import AudioDecoder
 from omni_ray.models.audio_tokenizer import AcousticEncoder, SemanticEncoder
 from omni_ray.models.codec_segments import MARGIN_FRAMES, HeldSound, longest_frames, segment_at, segment_spans
-from omni_ray.models.codec_stream import CodecStream, FrameDecoder
+from omni_ray.models.codec_stream import CodecStream, FrameDecoder, RowTables
 from omni_ray.models.fbank import Fbank
+from omni_ray.models.native.codec import NativeFrames
+from omni_ray.models.native.library import library
 from omni_ray.models.pretrained import load_weights, read_config, save_module
 from omni_ray.models.quantizer import Quantizer
 from omni_ray.models.resample import Resampler
@@ -52,7 +54,7 @@ class Codec(nn.Module):
         self.acoustic = AcousticEncoder(config)
         self.quantizer = Quantizer(config.latent_dim, config.levels, config.group_codes, config.group_dim)
         self.decoder = AudioDecoder(config, config.output_rate_hz)
-        self._frames: FrameDecoder | None = None
+        self._frames: FrameDecoder | NativeFrames | None = None
 
     @property
     def codebooks(self) -> int:
@@ -151,10 +153,14 @@ class Codec(nn.Module):
         """A new streaming decoder: push rows of codes, take sound, flush. Weights are packed once and shared."""
         return CodecStream(self)
 
-    def frame_decoder(self) -> FrameDecoder:
-        """The packed decoder that all streams of this codec share; :meth:`stream` makes it."""
+    def frame_decoder(self) -> FrameDecoder | NativeFrames:
+        """The packed decoder that all streams of this codec share, compiled where it can be."""
         if self._frames is None:
-            self._frames = FrameDecoder(self.decoder, self.quantizer)
+            found, rows = library(), RowTables(self.decoder, self.quantizer)
+            if found is not None and NativeFrames.fits(found, self.decoder):
+                self._frames = NativeFrames(found, self.decoder, rows)
+            else:
+                self._frames = FrameDecoder(self.decoder, rows)
         return self._frames
 
     def train(self, mode: bool = True) -> Self:

@@ -162,12 +162,12 @@ class RowTables:
 class FrameDecoder:
     """The decoder of a codec with weight norms folded, ready to run frame by frame on CPU in fp32."""
 
-    def __init__(self, decoder: AudioDecoder, quantizer: Quantizer) -> None:
+    def __init__(self, decoder: AudioDecoder, rows: RowTables) -> None:
         conv_in: Any = decoder.conv_in
         lstms: Iterable[Any] = decoder.glstm.lstms
         norms: Iterable[Any] = decoder.glstm.norms
         stages: Iterable[Any] = decoder.stages
-        self.rows = RowTables(decoder, quantizer)
+        self.rows = rows
         self.width: int = conv_in.in_channels
         self.lstms = [
             (
@@ -248,7 +248,7 @@ class CodecStream:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._frames = codec.frame_decoder()
+        self._frames: Any = codec.frame_decoder()  # both forms have the same calls, each with states of its own
         self._state = self._frames.initial_state()
         self._taken = 0
         self._codebooks: int | None = None

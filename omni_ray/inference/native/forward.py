@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from omni_ray.inference.cache import LatentCache
-from omni_ray.inference.native.library import library
 from omni_ray.inference.native.weights import NativeWeights, Rows, pointer
 from omni_ray.inference.row_forward import RowForward
 from omni_ray.inference.row_weights import RowWeights, row_weights
 from omni_ray.models.llm import LanguageModel
+from omni_ray.models.native.library import library
 from omni_ray.models.rope import rope_tables
 
 
@@ -37,9 +37,9 @@ class NativeForward:
     """See :class:`omni_ray.inference.row_forward.RowForward`: the same calls, and the same promise about bits."""
 
     def __init__(self, found: ctypes.CDLL, weights: RowWeights, rope_base: float, cache: LatentCache) -> None:
-        """``found``: from :func:`omni_ray.inference.native.library.library`."""
+        """``found``: from :func:`omni_ray.models.native.library.library`."""
         self._library, self._rope_base, self.cache = found, rope_base, cache
-        found.scratch_floats.restype = c_int64
+        found.rows_scratch_floats.restype = c_int64
         self._native = NativeWeights(weights, found.panel_columns())
         self._model = self._native.model
         self.weights = dataclasses.replace(weights, layers=())
@@ -83,10 +83,10 @@ class NativeForward:
         return last_SH
 
     def _run(self, rows: Rows, x_TH: Tensor, last_SH: Tensor, longest: int) -> None:
-        needed = self._library.scratch_floats(byref(self._model), c_int64(rows.rows), c_int64(longest))
+        needed = self._library.rows_scratch_floats(byref(self._model), c_int64(rows.rows), c_int64(longest))
         if len(self._scratch) < needed:
             self._scratch = torch.empty(needed + needed // 4)
-        self._library.advance(
+        self._library.rows_advance(
             byref(self._model),
             byref(rows),
             c_void_p(x_TH.data_ptr()),

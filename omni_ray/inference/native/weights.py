@@ -1,25 +1,18 @@
 """Weights as ``rows.c`` reads them: its structures, and matrices in panels of its own width."""
 
-# K inputs, N outputs, P panels, B columns of a panel, h heads, n nope dim, C latent rank, e value dim, H model dim
+# K inputs, N outputs, h heads, n nope dim, C latent rank, e value dim, H model dim
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
-from typing import Any, ClassVar
+from ctypes import POINTER, Structure, c_double, c_float, c_int64, c_void_p
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omni_ray.inference.row_weights import AttentionWeights, ExpertWeights, LayerWeights, Panels, RowWeights
-
-
-class Matrix(Structure):
-    """See ``rows.c``."""
-
-    _fields_: ClassVar = [("values", c_void_p), ("inputs", c_int64), ("outputs", c_int64)]
+from omni_ray.models.native.panels import Held, Matrix
 
 
 class Attention(Structure):
@@ -81,11 +74,9 @@ class NativeWeights:
 
     def __init__(self, weights: RowWeights, panel: int) -> None:
         """``panel``: columns of one panel."""
-        self._panel = panel
-        self._held: list[Any] = []
-        """Memory that the structures point into."""
+        self._held = Held(panel)
         part, experts = weights.layers[0].attention[0].module, weights.layers[0].experts
-        layers = self._array(Layer, [self._layer(layer) for layer in weights.layers])
+        layers = self._held.array(Layer, [self._layer(layer) for layer in weights.layers])
         self.model = Model(
             layers=len(weights.layers),
             hidden=weights.final_gain.numel(),
@@ -105,20 +96,20 @@ class NativeWeights:
             q_eps=part.q_rank * part.q_a_layernorm.eps,
             kv_eps=part.kv_rank * part.kv_a_layernorm.eps,
             layer=layers,
-            final_gain=self._vector(weights.final_gain),
+            final_gain=self._held.values(weights.final_gain),
         )
 
     def _layer(self, layer: LayerWeights) -> Layer:
         experts: ExpertWeights = layer.experts
         return Layer(
             attention=(Attention * 2)(*map(self._attention, layer.attention)),
-            gate_up=(Matrix * 2)(*(self._matrix(_whole(mlp.gate_up)) for mlp in layer.mlp)),
-            down=(Matrix * 2)(*(self._matrix(_whole(mlp.down)) for mlp in layer.mlp)),
-            router=self._matrix(_whole(experts.router)),
-            expert_gate_up=self._array(Matrix, [self._matrix(_whole(one)) for one in experts.gate_up]),
-            expert_down=self._array(Matrix, [self._matrix(_whole(one)) for one in experts.down]),
-            bias=self._array(c_double, experts.bias_E.tolist()),
-            shared_gain=self._vector(layer.shared_gain),
+            gate_up=(Matrix * 2)(*(self._held.matrix(_whole(mlp.gate_up)) for mlp in layer.mlp)),
+            down=(Matrix * 2)(*(self._held.matrix(_whole(mlp.down)) for mlp in layer.mlp)),
+            router=self._held.matrix(_whole(experts.router)),
+            expert_gate_up=self._held.array(Matrix, [self._held.matrix(_whole(one)) for one in experts.gate_up]),
+            expert_down=self._held.array(Matrix, [self._held.matrix(_whole(one)) for one in experts.down]),
+            bias=self._held.array(c_double, experts.bias_E.tolist()),
+            shared_gain=self._held.values(layer.shared_gain),
         )
 
     def _attention(self, weights: AttentionWeights) -> Attention:
@@ -127,29 +118,12 @@ class NativeWeights:
         places = [*range(part.q_rank), *range(part.q_rank + 1, part.q_rank + 1 + part.kv_rank)]
         places += range(wide_EA.shape[1] - part.rope, wide_EA.shape[1])
         return Attention(
-            qkv_a=self._matrix(wide_EA[:-1, places]),
-            q_b=self._matrix(_whole(weights.q_b)),
-            out=self._matrix(_whole(weights.out)),
-            key_up=self._array(Matrix, [self._matrix(one) for one in weights.key_up.unbind(0)]),
-            value_up=self._array(Matrix, [self._matrix(one) for one in weights.value_up.unbind(0)]),
+            qkv_a=self._held.matrix(wide_EA[:-1, places]),
+            q_b=self._held.matrix(_whole(weights.q_b)),
+            out=self._held.matrix(_whole(weights.out)),
+            key_up=self._held.array(Matrix, [self._held.matrix(one) for one in weights.key_up.unbind(0)]),
+            value_up=self._held.array(Matrix, [self._held.matrix(one) for one in weights.value_up.unbind(0)]),
         )
-
-    def _matrix(self, weight_KN: Tensor) -> Matrix:
-        inputs, outputs = weight_KN.shape
-        padded_KN = F.pad(weight_KN.detach().float(), (0, -outputs % self._panel))
-        panels_PKB = padded_KN.unflatten(1, (-1, self._panel)).transpose(0, 1).contiguous()
-        self._held.append(panels_PKB)
-        return Matrix(values=panels_PKB.data_ptr(), inputs=inputs, outputs=outputs)
-
-    def _vector(self, values: Tensor) -> int:
-        kept = values.detach().float().contiguous()
-        self._held.append(kept)
-        return kept.data_ptr()
-
-    def _array(self, kind: Any, values: list[Any]) -> Any:
-        array = (kind * len(values))(*values)
-        self._held.append(array)
-        return ctypes.cast(array, POINTER(kind))
 
 
 def _whole(panels: Panels) -> Tensor:
@@ -164,6 +138,3 @@ def pointer(array: np.ndarray) -> int:
     """Address of a contiguous array's first value."""
     address: int = array.ctypes.data
     return address
-
-
-__all__ = ["Attention", "Layer", "Matrix", "Model", "NativeWeights", "Rows", "c_int32", "pointer"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from omni_ray.inference.native import forward
-from omni_ray.inference.native.library import library
+from omni_ray.models.native.library import library
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from omni_ray.config.model import LanguageConfig, model_preset
 from omni_ray.inference.cache import PAGE_ROWS, LatentCache
-from omni_ray.inference.native import forward, library
+from omni_ray.inference.native import forward
 from omni_ray.inference.native.forward import NativeForward, forward_of
 from omni_ray.inference.row_forward import RowForward
 from omni_ray.inference.row_weights import row_weights
 from omni_ray.models.llm import LanguageModel
+from omni_ray.models.native import library
 
 TINY = model_preset("tiny").language
 SHAPES: dict[str, dict[str, Any]] = {
@@ -162,6 +163,6 @@ def test_does_without(
         unloaded.setenv("CC", "false")
     assert library.library() is None
     assert library.library() is None
-    told = capsys.readouterr().err.count("native_rows_unavailable")
+    told = capsys.readouterr().err.count("native_unavailable")
     assert told == (0 if trouble == "switched off" else 1), "told once, and not where it was asked for"
     assert isinstance(forward.forward_of(LanguageModel(TINY), LatentCache(TINY)), RowForward)

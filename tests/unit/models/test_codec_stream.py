@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from omni_ray.config.model import model_preset
 from omni_ray.models.codec import Codec
+from omni_ray.models.codec_stream import FrameDecoder, RowTables
+from omni_ray.models.native.codec import NativeFrames, NativeState
+from omni_ray.models.native.library import library
 from omni_ray.types.errors import RequestError
 
 FRAMES = 13
 FRAME_SAMPLES = 1440
 
 
-@pytest.fixture(scope="module")
-def codec() -> Codec:
+def made(form: str) -> Codec:
+    """A codec that decodes with torch's operations, or with the compiled function."""
     torch.manual_seed(0)
-    return Codec(model_preset("tiny").codec).eval()
+    codec = Codec(model_preset("tiny").codec).eval()
+    if form == "torch":
+        codec._frames = FrameDecoder(codec.decoder, RowTables(codec.decoder, codec.quantizer))
+    return codec
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def codec(request: pytest.FixtureRequest) -> Codec:
+    if request.param == "native" and library() is None:
+        pytest.skip("no C compiler")
+    codec = made(request.param)
+    kind = NativeFrames if request.param == "native" else FrameDecoder
+    assert isinstance(codec.frame_decoder(), kind)
+    return codec
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +96,8 @@ def test_state_does_not_grow(codec: Codec, codes_N4: torch.Tensor) -> None:
     stream.push(codes_N4.repeat(3, 1))
     assert stream.state_bytes == size < 200_000
     # Views into longer tensors would hold them all in memory.
-    tensors = [stream._state.window_7D, *stream._state.pasts]
+    state = stream._state
+    tensors = [state.values] if isinstance(state, NativeState) else [state.window_7D, *state.pasts]
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) < 2 * size
 
 
@@ -95,3 +114,41 @@ def test_a_refused_push_leaves_the_stream_as_it_was(codec: Codec, codes_N4: torc
     with pytest.raises(RequestError, match="out of range"):
         stream.push(codes_N4[5:7] + 1000)
     assert torch.equal(torch.cat([first, stream.push(codes_N4[5:]), stream.flush()]), codec.decode(codes_N4))
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler")
+def test_both_forms_make_the_same_sound(codes_N4: torch.Tensor) -> None:
+    plain_S, native_S = (made(form).decode(codes_N4) for form in ("torch", "native"))
+    assert float(plain_S.abs().max()) > 1e-3
+    torch.testing.assert_close(native_S, plain_S, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler")
+def test_both_forms_agree_where_activations_are_large(codes_N4: torch.Tensor) -> None:
+    """Sines of many periods, gates at both ends."""
+    sounds = []
+    for form in ("torch", "native"):
+        codec = made("native")
+        with torch.no_grad():
+            for name, values in codec.decoder.named_parameters():
+                if name.endswith("alpha"):
+                    values.mul_(5.0)
+                elif "glstm" in name or name.startswith("conv_in"):
+                    values.mul_(8.0)
+        if form == "torch":
+            codec._frames = FrameDecoder(codec.decoder, RowTables(codec.decoder, codec.quantizer))
+        sounds.append(codec.decode(codes_N4))
+    assert float(sounds[0].std()) > 1e-2
+    torch.testing.assert_close(sounds[1], sounds[0], rtol=0, atol=2e-4)
+
+
+def test_streams_of_many_threads_do_not_disturb_each_other(codec: Codec) -> None:
+    chance = torch.Generator().manual_seed(4)
+    clips = [
+        torch.stack([torch.randint(0, size, (40,), generator=chance) for size in codec.code_sizes()], dim=1)
+        for _ in range(6)
+    ]
+    alone = [codec.decode(clip) for clip in clips]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(codec.decode, clips))
+    assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))

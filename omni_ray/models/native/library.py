@@ -1,4 +1,4 @@
-"""Compiles ``rows.c`` once for each machine's processor and loads it; without a compiler there is none."""
+"""Compiles the C files beside it once for each machine's processor and loads them; without a compiler there is none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ SWITCH = "OMNI_RAY_NATIVE"
 """Environment variable; ``0`` leaves the compiled form out."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
-SOURCE = Path(__file__).with_name("rows.c")
+FOLDER = Path(__file__).parent
+SOURCES = ("rows.c", "codec.c")
+HEADERS = ("vectors.h",)
 PATIENCE_S = 120
 
 
@@ -32,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
-        emit("native_rows_unavailable", reason=reason[0] if reason else type(error).__name__)
+        emit("native_unavailable", reason=reason[0] if reason else type(error).__name__)
         return None
 
 
@@ -45,15 +47,15 @@ def _compiled() -> Path:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise FileNotFoundError(f"no C compiler ({', '.join(COMPILERS)}) on PATH")
-    source = SOURCE.read_bytes()
-    name = hashlib.sha256(b"\0".join([source, " ".join([compiler, *FLAGS]).encode(), _processor()])).hexdigest()[:16]
-    out = cache_folder() / "native" / f"rows-{name}.so"
+    texts = [(FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    name = hashlib.sha256(b"\0".join([*texts, " ".join([compiler, *FLAGS]).encode(), _processor()])).hexdigest()[:16]
+    out = cache_folder() / "native" / f"omni-{name}.so"
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         # Several processes may get here at once: each makes its own, and the last to finish stays.
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             made = Path(folder) / out.name
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, "-o", str(made), *(str(FOLDER / source) for source in SOURCES), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_S)
             made.replace(out)
     return out

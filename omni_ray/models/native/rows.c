@@ -6,38 +6,17 @@
  *
  * T rows, K inputs, N outputs, H model dim, h heads, n nope dim, C latent rank, R rotary dim, X = C + R, e value dim
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define LANES 16 /* floats of one vector */
-#define WIDE 4   /* vectors of one panel */
-#define TALL 6   /* rows that pass a panel together: TALL x WIDE sums fit into the registers */
-#else
-#define LANES 8
-#define WIDE 2
-#define TALL 4
-#endif
-#define PANEL (LANES * WIDE)
 #define PAGE 64 /* rows of a page of the cache */
 #define KEYS 8  /* keys that are read together; divides PAGE */
 #define AHEAD 4 /* blocks of keys that are fetched ahead */
 #define LINE 16 /* floats of a cache line */
 #define HEADS 8 /* queries that look back together: a model of few heads would leave wider vectors empty */
 
-typedef float V __attribute__((vector_size(LANES * 4)));
-typedef float U __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(LANES * 4)));
 typedef float N __attribute__((vector_size(HEADS * 4)));
 typedef float NU __attribute__((vector_size(HEADS * 4), aligned(4), may_alias));
 typedef int32_t NI __attribute__((vector_size(HEADS * 4)));
-
-/* A matrix [K, N] as panels of PANEL columns, each [K, PANEL]; the last is filled up with zeros. */
-typedef struct {
-    const float *values;
-    int64_t inputs, outputs;
-} Matrix;
 
 typedef struct {
     Matrix qkv_a, q_b, out;
@@ -75,89 +54,9 @@ typedef struct {
 int64_t panel_columns(void) { return PANEL; }
 int64_t lanes(void) { return LANES; }
 
-/* --- products ----------------------------------------------------------------------------------------------------- */
-
-static inline __attribute__((always_inline)) void tile(
-    const int rows, const float *x, int64_t ldx, const float *w, int64_t inputs, float *out, int64_t ldo, int64_t columns,
-    int add) {
-    V sum[TALL][WIDE];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < WIDE; v++) sum[r][v] = (V){0};
-    for (int64_t k = 0; k < inputs; k++, w += PANEL) {
-        V in[WIDE];
-        for (int v = 0; v < WIDE; v++) in[v] = *(const U *)(w + v * LANES);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < WIDE; v++) sum[r][v] += x[r * ldx + k] * in[v];
-    }
-    for (int r = 0; r < rows; r++) {
-        float *to = out + r * ldo;
-        if (columns == PANEL) {
-            for (int v = 0; v < WIDE; v++) {
-                U *at = (U *)(to + v * LANES);
-                *at = add ? (V)*at + sum[r][v] : sum[r][v];
-            }
-        } else {
-            float part[PANEL];
-            memcpy(part, sum[r], sizeof part);
-            for (int64_t c = 0; c < columns; c++) to[c] = add ? to[c] + part[c] : part[c];
-        }
-    }
-}
-
-static void product(int64_t rows, const float *x, int64_t ldx, const Matrix *m, float *out, int64_t ldo, int add) {
-    const float *w = m->values;
-    for (int64_t first = 0; first < m->outputs; first += PANEL, w += PANEL * m->inputs) {
-        const int64_t columns = m->outputs - first < PANEL ? m->outputs - first : PANEL;
-        for (int64_t r = 0; r < rows; r += TALL) {
-            const float *from = x + r * ldx;
-            float *to = out + r * ldo + first;
-            switch (rows - r) {
-            case 1: tile(1, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-            case 2: tile(2, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-            case 3: tile(3, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-#if TALL == 6
-            case 4: tile(4, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-            case 5: tile(5, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-#endif
-            default: tile(TALL, from, ldx, w, m->inputs, to, ldo, columns, add);
-            }
-        }
-    }
-}
-
-/* `out [T, N] = x [T, K] @ m`, for heads. */
-void head(int64_t rows, const float *x, const Matrix *m, float *out) { product(rows, x, m->inputs, m, out, m->outputs, 0); }
-
 /* --- functions of values ------------------------------------------------------------------------------------------ */
 
-/* e^x to about one unit in the last place, for vectors of two widths; at most e^88, and 0 below e^-87. */
-#define EXPONENTIAL(NAME, PICK, V, I)                                                                                 \
-    static inline V PICK(I chosen, V yes, V no) { return (V)((chosen & (I)yes) | (~chosen & (I)no)); }                \
-    static inline V NAME(V x) {                                                                                       \
-        const I below = x < -87.0f;                                                                                   \
-        x = PICK(x > 88.0f, (V){0} + 88.0f, x);                                                                       \
-        x = PICK(below, (V){0}, x);                                                                                   \
-        const V whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds: no bits are left for fractions */   \
-        V r = x - whole * 0.693359375f;                                                                               \
-        r = r - whole * -2.12194440e-4f;                                                                              \
-        V p = (V){0} + 1.9875691500e-4f;                                                                              \
-        p = p * r + 1.3981999507e-3f;                                                                                 \
-        p = p * r + 8.3334519073e-3f;                                                                                 \
-        p = p * r + 4.1665795894e-2f;                                                                                 \
-        p = p * r + 1.6666665459e-1f;                                                                                 \
-        p = p * r + 5.0000001201e-1f;                                                                                 \
-        p = p * r * r + r + 1.0f;                                                                                     \
-        const I power = (__builtin_convertvector(whole, I) + 127) << 23;                                              \
-        return PICK(below, (V){0}, p * (V)power);                                                                     \
-    }
-EXPONENTIAL(exponential, pick, V, I)
 EXPONENTIAL(exponential_narrow, pick_narrow, N, NI)
-
-static float total(V v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
-}
 
 /* x / sqrt(sum(x^2) + eps); gain and sqrt(n) lie in the weights behind it. */
 static void norm(const float *x, int64_t count, float eps, float *out) {
@@ -397,8 +296,8 @@ static int64_t rest_floats(const Model *m, int64_t rows, int64_t longest) {
     return most(m->heads * (m->nope + m->rope) * rows, (X + longest + KEYS) * HEADS);
 }
 
-/* Floats that `advance` needs for so many rows, of which none sees more than `longest` keys. */
-int64_t scratch_floats(const Model *m, int64_t rows, int64_t longest) {
+/* Floats that `rows_advance` needs for so many rows, of which none sees more than `longest` keys. */
+int64_t rows_scratch_floats(const Model *m, int64_t rows, int64_t longest) {
     const int64_t X = m->kv_rank + m->rope, all = m->experts + m->zeros;
     const int64_t mixing = (all + 2 * m->top_k + 2 + 2 * m->hidden + 2 * m->expert_inner) * rows + 2 * LANES + all;
     const int64_t wide = most(most((m->q_rank + X) * rows, 2 * m->inner * rows), mixing);
@@ -407,7 +306,7 @@ int64_t scratch_floats(const Model *m, int64_t rows, int64_t longest) {
 }
 
 /* x [T, H] goes through all layers, `longest` keys seen at most; last [spans, H]: final-normed state of every span's last row. */
-void advance(const Model *m, const Rows *rows, float *x, float *last, float *scratch, int64_t longest) {
+void rows_advance(const Model *m, const Rows *rows, float *x, float *last, float *scratch, int64_t longest) {
     const int64_t T = rows->rows, H = m->hidden, X = m->kv_rank + m->rope;
     Buffers b;
     b.normed = scratch;
