@@ -156,6 +156,7 @@ async def _session(model: OmniModel, stages: Watched, sound: np.ndarray) -> tupl
     equal = _is_offline(model, session, heard_S[start_ms * 16 : (end_ms + SPECULATE_MS) * 16], turn, answer)
     rolled = session.turns.rollbacks
     pump.cancel()
+    await asyncio.gather(pump, return_exceptions=True)
     await session.close()
     return equal, rolled
 
