@@ -19,7 +19,7 @@ from omni_ray.inference.requests import CachePart
 from omni_ray.observability.events import emit
 from omni_ray.types.errors import ResourceError
 from pipelines.serving.session_engine import SessionEngine
-from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
+from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows, SessionLostError
 
 ROW_S = 0.060
 """Sound of one row: the pace of an answer that is far enough ahead of its listener."""
@@ -57,6 +57,8 @@ class LanguageLoop:
         self.engine = engine
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._answers: dict[str, _Answer] = {}
+        self._reading: dict[str, Future[None]] = {}
+        """Sessions whose rows are read, a piece at a time between the steps of answers, and who waits for that."""
         self.steps = 0
         self.stepped_rows = 0
         self._thread = threading.Thread(target=self._run, name="language", daemon=True)
@@ -67,9 +69,16 @@ class LanguageLoop:
 
         def call() -> None:
             self._end(session)
-            self.engine.extend(session, at, rows)
+            self.engine.feed(session, at, rows)
+            if self.engine.unread(session):
+                self._reading[session] = read
+            else:
+                read.set_result(None)
 
+        read: Future[None] = Future()
+        read.set_running_or_notify_cancel()
         await self._call(call)
+        await asyncio.wrap_future(read)
 
     async def part(self, session: str, start: int, end: int) -> CachePart:
         """See :meth:`pipelines.serving.session_engine.SessionEngine.part`."""
@@ -102,7 +111,7 @@ class LanguageLoop:
 
         def call() -> None:
             self._end(session)
-            self.engine.start(session, at, rows, options)
+            self.engine.start(session, at, rows, options, read=False)
             self._answers[session] = answer
 
         await self._call(call)
@@ -156,6 +165,9 @@ class LanguageLoop:
         return await asyncio.wrap_future(future)
 
     def _end(self, session: str) -> None:
+        waiting = self._reading.pop(session, None)
+        if waiting is not None:
+            waiting.set_exception(SessionLostError("the session was given something else before its rows were read"))
         answer = self._answers.pop(session, None)
         if answer is not None:
             self.engine.stop(session)
@@ -172,6 +184,7 @@ class LanguageLoop:
                 item = self._calls.get(timeout=wait) if wait > 0 else self._calls.get_nowait()
             except queue.Empty:
                 self._step()
+                self._read()
                 continue
             if item is None:
                 return
@@ -183,9 +196,27 @@ class LanguageLoop:
                     future.set_exception(error)
 
     def _wait(self) -> float:
+        if self._reading:
+            return 0.0
         if not self._answers:
             return IDLE_WAIT_S
         return min(answer.due() for answer in self._answers.values()) - time.monotonic()
+
+    def _read(self) -> None:
+        """One piece of the session that waits longest; the next time it is another's turn."""
+        if not self._reading:
+            return
+        session = next(iter(self._reading))
+        read = self._reading.pop(session)
+        try:
+            self.engine.read(session)
+        except Exception as error:
+            read.set_exception(error)
+            return
+        if self.engine.unread(session):
+            self._reading[session] = read
+        else:
+            read.set_result(None)
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -204,7 +235,9 @@ class LanguageLoop:
         self.steps += 1
         self.stepped_rows += len(due)
         for answer in due:
-            step = made[answer.session]
+            step = made.get(answer.session)
+            if step is None:  # a piece of its prompt was read
+                continue
             answer.made += 1
             logprobs = () if step.logprob is None else (step.logprob,)
             answer.put(AnswerRows(ids_R5=_array(step.row_5), ended=step.ended, logprobs=logprobs))

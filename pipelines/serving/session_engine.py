@@ -57,7 +57,25 @@ class SessionEngine:
         return self.engine.length(self._sessions[session]) if session in self._sessions else 0
 
     def extend(self, session: str, at: int, rows: Rows) -> None:
-        """Cut a session back to ``at`` rows and append.
+        """:meth:`feed`, and read all of it.
+
+        Raises:
+            SessionLostError: the session has fewer rows here.  ApiError: more rows than the model has positions.
+        """
+        self.feed(session, at, rows)
+        while self.unread(session):
+            self.read(session)
+
+    def unread(self, session: str) -> bool:
+        """Whether fed rows wait to be read."""
+        return session in self._sessions and self.engine.waiting(self._sessions[session])
+
+    def read(self, session: str) -> None:
+        """Read the next piece of what was fed: one forward."""
+        self.engine.step([self._sessions[session]])
+
+    def feed(self, session: str, at: int, rows: Rows) -> None:
+        """Cut a session back to ``at`` rows and append others; :meth:`read`, or the steps of its answer, read them.
 
         Raises:
             SessionLostError: the session has fewer rows here.  ApiError: more rows than the model has positions.
@@ -73,8 +91,6 @@ class SessionEngine:
             return
         features = [(offset, torch.from_numpy(np.array(values_ND))) for offset, values_ND in rows.features]
         self.engine.feed(number, torch.from_numpy(np.array(rows.ids_T5)), features)
-        while self.engine.waiting(number):
-            self.engine.step([number])
 
     def cut(self, session: str, at: int) -> int:
         """Forget the rows of a session from ``at`` on, and its answer in progress; a new session has none.
@@ -113,12 +129,15 @@ class SessionEngine:
         """
         self.engine.take(self.cut(session, part.start), part)
 
-    def start(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> None:
-        """:meth:`extend`, then begin to answer; :meth:`step` makes the rows."""
+    def start(self, session: str, at: int, rows: Rows, options: AnswerOptions, read: bool = True) -> None:
+        """:meth:`extend`, then begin to answer; :meth:`step` makes the rows.
+
+        ``read``: False leaves it to the steps to read what was fed, piece by piece, before they make a row.
+        """
         made_R5 = options.made_R5
         if made_R5 is not None:
             rows = Rows.joined([rows, Rows(ids_T5=made_R5)])
-        self.extend(session, at, rows)
+        (self.extend if read else self.feed)(session, at, rows)
         room = self.config.max_position_embeddings - self.length(session)
         if room < 1 or self.length(session) == 0:
             raise bad_request("the conversation leaves no room for an answer", code="context_length_exceeded")
@@ -139,7 +158,7 @@ class SessionEngine:
         self._running[session] = options
 
     def step(self, sessions: list[str]) -> dict[str, Stepped]:
-        """One row for each of these running sessions."""
+        """One row for each of these running sessions whose rows are all read; a piece is read of the others."""
         names = {self._sessions[name]: name for name in sessions}
         out = {}
         for number, made in self.engine.step(names).items():

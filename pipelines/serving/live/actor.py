@@ -93,7 +93,7 @@ class _Language:
         """
         made: list[Stepped] = []
         while session in self._sessions.running and len(made) < ROWS_AT_ONCE:
-            made.append(self._sessions.step([session])[session])
+            made += self._sessions.step([session]).values()
         if not made:
             raise SessionLostError("no answer of this session is in progress here")
         part = AnswerRows(

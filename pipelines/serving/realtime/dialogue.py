@@ -18,6 +18,10 @@ from pipelines.serving.realtime.items import Conversation, Item
 from pipelines.serving.resume import TRIES, Progress, encode, gone, lost
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows, SessionLostError, Stages
 
+RETAINED = 0.75
+"""Share of the room that a conversation keeps when it no longer fits: what is left out is left out at once for many
+turns, since all that stands behind it is read again."""
+
 
 class Dialogue:
     """Items, their rows, and what the stages hold of them."""
@@ -32,6 +36,10 @@ class Dialogue:
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         """Told of work that failed and that nobody waits for."""
         self._losses = 0
+        self._left_out: set[str] = set()
+        """Oldest items that have made room, by id; they stay out."""
+        self._reserve = 0
+        """Rows of the longest answer so far, so that a turn leaves the room that its answer asks for."""
         self._turnstile = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -65,20 +73,29 @@ class Dialogue:
     ) -> list[Block]:
         """Blocks of the conversation with ``tail`` after them; the oldest items are left out where it would not fit.
 
+        Whoever is left out stays out, and :data:`RETAINED` of the room is kept then.
+
         Args:
             reserve: Rows of the answer.  tail: What stands after the items.
             items: Instead of those of the conversation.  instructions: Instead of the session's.
         """
         system = self.message("system", instructions) if instructions else self.system
         first = [system] if system is not None else []
-        groups = [item.blocks for item in (self.conversation.items if items is None else items) if item.blocks]
+        own = items is None
+        shown = [item for item in (self.conversation.items if items is None else items) if item.blocks]
+        if own:
+            self._reserve = reserve = max(reserve, self._reserve)
+            self._left_out &= {item.id for item in shown}
+            shown = [item for item in shown if item.id not in self._left_out]
         room = self.positions - reserve - sum(map(len, first)) - sum(map(len, tail))
-        sizes = [sum(map(len, blocks)) for blocks in groups]
+        sizes = [sum(map(len, item.blocks)) for item in shown]
         start, total = 0, sum(sizes)
-        while start < len(groups) and total > room:
-            total -= sizes[start]
-            start += 1
-        return [*first, *[block for blocks in groups[start:] for block in blocks], *tail]
+        if total > room:
+            while start < len(shown) and total > room * (RETAINED if own else 1.0):
+                total -= sizes[start]
+                start += 1
+            self._left_out |= {item.id for item in shown[:start]} if own else set()
+        return [*first, *[block for item in shown[start:] for block in item.blocks], *tail]
 
     async def sync(self, wanted: Sequence[Block]) -> None:
         """Make the cache hold exactly these blocks.
