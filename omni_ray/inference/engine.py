@@ -265,11 +265,12 @@ class Engine:
         self._sessions[session].hidden |= {length: hidden.to(self.device) for length, hidden in part.hidden.items()}
 
     @torch.inference_mode()
-    def step(self, sessions: Iterable[int] | None = None) -> dict[int, MadeRow]:
+    def step(self, sessions: Iterable[int] | None = None, most_rows: int = STEP_ROWS) -> dict[int, MadeRow]:
         """Choose one row for every answer whose prompt has been run, then run these rows and pieces of prompts.
 
         Args:
             sessions: Only these; None: all.
+            most_rows: Of the forward; fewer let it end sooner, and no result depends on it.
         Returns:
             The row of every session that made one.  An answer's last row is not run: feed it with the next turn.
         """
@@ -281,7 +282,7 @@ class Engine:
         if going and ids_B5 is not None:
             all_go = len(going) == len(made)
             parts.append(self._embed(ids_B5 if all_go else ids_B5[[place for _, place in going]]))
-        room = STEP_ROWS - len(spans)
+        room = most_rows - len(spans)
         for session in wanted:
             room -= self._take_piece(session, room, spans, parts)
         if spans:

@@ -16,6 +16,10 @@ from pipelines.serving.errors import bad_request
 from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError
 
 
+PIECE_ROWS = 128
+"""Most rows of one forward: who begins to speak meanwhile has a few rows of sound in hand, not more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stepped:
     """What one step made for one session."""
@@ -72,7 +76,7 @@ class SessionEngine:
 
     def read(self, session: str) -> None:
         """Read the next piece of what was fed: one forward."""
-        self.engine.step([self._sessions[session]])
+        self.engine.step([self._sessions[session]], PIECE_ROWS)
 
     def feed(self, session: str, at: int, rows: Rows) -> None:
         """Cut a session back to ``at`` rows and append others; :meth:`read`, or the steps of its answer, read them.
@@ -161,7 +165,7 @@ class SessionEngine:
         """One row for each of these running sessions whose rows are all read; a piece is read of the others."""
         names = {self._sessions[name]: name for name in sessions}
         out = {}
-        for number, made in self.engine.step(names).items():
+        for number, made in self.engine.step(names, PIECE_ROWS).items():
             name = names[number]
             count = self._running[name].logprobs
             logprob = self.engine.logprob(made, count) if count >= 0 else None
