@@ -15,7 +15,6 @@ from omni_ray.inference.requests import CachePart
 from pipelines.serving.errors import bad_request
 from pipelines.serving.stages import AnswerOptions, Rows, SessionLostError
 
-
 PIECE_ROWS = 128
 """Most rows of one forward: who begins to speak meanwhile has a few rows of sound in hand, not more."""
 
