@@ -13,10 +13,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Ray lets its workers give way to everything else; beside another process of tests they would hardly run.
-os.environ.setdefault("RAY_worker_niceness", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Ray lets its workers give way to everything else; beside another process of tests they would hardly run.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Side by side (pytest-xdist), tests that start Ray share one process; of the others, those of a file."""
     if not config.pluginmanager.hasplugin("xdist"):

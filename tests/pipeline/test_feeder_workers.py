@@ -32,7 +32,7 @@ KILLED_AT = (4, 40)
 """While thousands of steps are still to be decoded, so that nobody is idle."""
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.full), "packed"])
 def test_a_killed_decode_worker_changes_nothing(form: str, ray_cluster: None, tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
     write_world(tmp_path / "world")

@@ -42,7 +42,7 @@ def test_the_networks_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.full
 def test_training_on_pools(tmp_path: Path) -> None:
     said = run("pools.ipynb", tmp_path)
     assert "all equal" in said

@@ -67,7 +67,7 @@ def test_actors_that_die_are_replaced_and_the_bits_are_the_same(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.full
 def test_shares_of_sharded_pools_come_back(base: Path, ray_cluster: None, tmp_path: Path) -> None:
     """No other rank of its pool has what it had: its snapshot lies with another pool; other pool forms resume."""
     shards = {"language": "zero3", "vision": "hsdp", "audio": "zero2"}

@@ -56,7 +56,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[pytest.mark.full] * (s == "activations-made-again")) for s in SHAPES]
+)
 def test_pools_equal_the_reference_bit_for_bit(
     base: Path, reference: dict[str, Tensor], ray_cluster: None, shape: str, tmp_path: Path
 ) -> None:
