@@ -184,7 +184,9 @@ class LanguageLoop:
                 item = self._calls.get(timeout=wait) if wait > 0 else self._calls.get_nowait()
             except queue.Empty:
                 self._step()
-                self._read()
+                # Whoever has just begun needs its first rows at once; behind them there is time to read.
+                if all(answer.made >= FIRST_ROWS for answer in self._answers.values()):
+                    self._read()
                 continue
             if item is None:
                 return
