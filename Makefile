@@ -13,9 +13,6 @@ STAMP := $(VENV)/.installed
 BEGUN := $(VENV)/.installing
 SOURCES := omni_ray actors pipelines clusters notebooks tests docs
 PYTEST := $(BIN)/python -m pytest
-# JOBS=2: tests that start Ray in one process, files of the others beside them (tests/conftest.py).
-JOBS ?= 1
-SIDE_BY_SIDE := $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup --no-loadscope-reorder)
 CKPT ?= runs/quickstart/checkpoint
 NAME ?= overlap
 ARGS ?=
@@ -52,7 +49,7 @@ quickstart: $(STAMP) ## Build data, train a tiny omni model, evaluate it, let it
 	@OMNI_RAY_INSTALL_SECONDS="$$(cat $(STAMP))" $(BIN)/omni-ray quickstart $(ARGS)
 
 test: $(STAMP) ## All tests but those that take minutes each.
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not full" $(ARGS)
+	@$(PYTEST) -m "not full" $(ARGS)
 
 test-fast: $(STAMP) ## Tests without Ray, under 90 seconds.
 	@$(PYTEST) -m "not ray and not slow and not full and not gpu" $(ARGS)

@@ -13,21 +13,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Ray lets its workers give way to everything else; beside another process of tests they would hardly run.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Side by side (pytest-xdist), tests that start Ray share one process; of the others, those of a file."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") is not None else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, by name, what is marked ``gpu`` where there is none."""
     if item.get_closest_marker("gpu") is not None:

@@ -142,7 +142,7 @@ class ServeStages:
         Raises:
             SessionLostError: the replica is gone.  ApiError: 429, the stage is full; 503, it failed or is silent.
         """
-        work = asyncio.ensure_future(_awaited(response))
+        work = asyncio.ensure_future(awaited(response))
         try:
             while not (await asyncio.wait({work}, timeout=self._half(name)))[0]:
                 probe = asyncio.create_task(self._answers(name, session, self._half(name)))
@@ -185,7 +185,7 @@ class ServeStages:
         chosen = {"session_id": session} if session else {}
         try:
             response = self._stages[name].options(method_name="ready", **chosen).remote()  # type: ignore[arg-type]
-            await asyncio.wait_for(_awaited(response), timeout_s)
+            await asyncio.wait_for(awaited(response), timeout_s)
         except (TimeoutError, RayError, RayServeException):
             return False
         return True
@@ -220,5 +220,6 @@ async def _next(stream: AsyncIterator[Any]) -> Any:
     return await anext(stream, None)
 
 
-async def _awaited(response: Awaitable[Any]) -> Any:
+async def awaited(response: Awaitable[Any]) -> Any:
+    """A response of Ray or of Serve as a coroutine."""
     return await response

@@ -39,7 +39,6 @@ class NativeForward:
     def __init__(self, found: ctypes.CDLL, weights: RowWeights, rope_base: float, cache: LatentCache) -> None:
         """``found``: from :func:`omni_ray.models.native.library.library`."""
         self._library, self._rope_base, self.cache = found, rope_base, cache
-        found.rows_scratch_floats.restype = c_int64
         self._native = NativeWeights(weights, found.panel_columns())
         self._model = self._native.model
         self.weights = dataclasses.replace(weights, layers=())

@@ -94,7 +94,6 @@ class NativeFrames:
     def __init__(self, library: ctypes.CDLL, decoder: AudioDecoder, rows: RowTables) -> None:
         """``library``: from :func:`omni_ray.models.native.library.library`; ``rows``: what codes add to the input."""
         self._library, self.rows = library, rows
-        library.codec_state_floats.restype = library.codec_scratch_floats.restype = c_int64
         self._held = Held(library.panel_columns())
         conv_in: Any = decoder.conv_in
         lstms: Iterable[Any] = decoder.glstm.lstms

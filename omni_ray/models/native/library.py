@@ -22,6 +22,8 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
 SOURCES = ("rows.c", "codec.c")
 HEADERS = ("vectors.h",)
+SIZES = ("lanes", "panel_columns", "rows_scratch_floats", "codec_state_floats", "codec_scratch_floats")
+"""Functions that count; all others give nothing back."""
 PATIENCE_S = 120
 
 
@@ -31,11 +33,14 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        found = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(getattr(error, "stderr", "") or error).strip().splitlines()
         emit("native_unavailable", reason=reason[0] if reason else type(error).__name__)
         return None
+    for name in SIZES:
+        getattr(found, name).restype = ctypes.c_int64
+    return found
 
 
 def _compiled() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from actors.transport import pack
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.modality import Modality
 from pipelines.serving.live.door import Door
-from pipelines.serving.serve_stages import failure, unavailable
+from pipelines.serving.serve_stages import awaited, failure, unavailable
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
 
 
@@ -67,19 +67,15 @@ class LiveStages:
 
     async def ready(self) -> Mapping[str, bool]:
         """Pools that lose an actor are mended by the run; a question waits until then."""
-        return dict.fromkeys(("vision", "audio", "language", "speech"), True)
+        return dict.fromkeys(self._pools, True)
 
     async def _ask(self, pool: str, method: str, *args: Any) -> Any:
         async with self.door.entered():
             actor = self._pools[pool].actors[0]
             asked = actor.look.remote(self._tokenizer, method, *pack(list(args)))
             try:
-                return await asyncio.wait_for(_awaited(asked), self._patience_s)
+                return await asyncio.wait_for(awaited(asked), self._patience_s)
             except TimeoutError:
                 raise unavailable(pool) from None
             except RayError as error:
                 raise failure(pool, error) from None
-
-
-async def _awaited(asked: Awaitable[Any]) -> Any:
-    return await asked

@@ -13,8 +13,8 @@ import uvicorn
 
 from actors.pool import Pool
 from omni_ray.config.recipe import Recipe
-from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.observability.events import emit
+from omni_ray.training.prepare import fitting_tokenizer
 from pipelines.serving.gateway import Gateway
 from pipelines.serving.guard import check_port
 from pipelines.serving.listener import DRAIN_S, patient_socket, server_config
@@ -55,9 +55,9 @@ class LiveView:
         """Listen.
 
         Args:
-            recipe: The run.  root: Its data, whose tokenizer this is.  pools: Mapping that names the pools of any time.
+            recipe: The run.  root: Its data.  pools: Mapping that names the pools of any time.
         """
-        tokenizer = Tokenizer.load(root / "tokenizer.json")
+        tokenizer = fitting_tokenizer(recipe, root)
         self._stages = LiveStages(pools, tokenizer, recipe.schedule.timeout_s)
         gateway = Gateway(recipe, tokenizer, None, self._stages)
         self._server = uvicorn.Server(server_config(gateway.asgi(), gateway.limits, {}))
