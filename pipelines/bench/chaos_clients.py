@@ -100,7 +100,8 @@ class Talk:
 
         opening = websockets.connect(self.url, max_size=None, compression=None, ping_interval=None)
         try:
-            self.socket = await asyncio.wait_for(opening, HANG_S)
+            async with asyncio.timeout(HANG_S):
+                self.socket = await opening
         except TimeoutError:
             raise HangError("connection") from None
         try:
@@ -127,7 +128,8 @@ class Talk:
             self._befall()
             began = time.monotonic()
             try:
-                event = json.loads(await asyncio.wait_for(self.socket.recv(), HANG_S))
+                async with asyncio.timeout(HANG_S):
+                    event = json.loads(await self.socket.recv())
             except TimeoutError:
                 raise HangError(kind) from None
             self.seen.longest_wait_s = max(self.seen.longest_wait_s, time.monotonic() - began)
@@ -188,8 +190,9 @@ class Talk:
                 writer.write(_frame(json.dumps(event).encode()))
             for _ in range(SLOW_READS):
                 await asyncio.sleep(1.0)
-                if not await asyncio.wait_for(reader.read(SLOW_BYTES), HANG_S):
-                    return
+                async with asyncio.timeout(HANG_S):
+                    if not await reader.read(SLOW_BYTES):
+                        return
         except (TimeoutError, ConnectionError):
             return  # let go: that is how it should end
         finally:

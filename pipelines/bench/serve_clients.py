@@ -112,7 +112,8 @@ class Voice:
         first, audio_ms, stopped_ms = 0.0, 0.0, 0.0
         longest_s = LONGEST_WAIT_S + self.plan["speech_s"] + self.plan.get("lead_s", 0.0)
         while True:
-            at, event = await asyncio.wait_for(self.events.get(), longest_s)
+            async with asyncio.timeout(longest_s):
+                at, event = await self.events.get()
             kind = event["type"]
             if kind == "error":
                 self.seen.errors.append(event["error"]["message"][:200])
@@ -151,7 +152,8 @@ class Voice:
             await self._send({"type": "response.cancel"})
             cancelled, late_ms = time.monotonic(), 0.0
             while True:
-                at, event = await asyncio.wait_for(self.events.get(), LONGEST_WAIT_S)
+                async with asyncio.timeout(LONGEST_WAIT_S):
+                    at, event = await self.events.get()
                 if event["type"] == "response.output_audio.delta" and at > cancelled:
                     late_ms += len(event["delta"]) * 3 / 4 / 2 / RATE_HZ * 1000
                 if event["type"] == "response.done":
@@ -164,7 +166,8 @@ class Voice:
 
     async def _until(self, kind: str) -> dict[str, Any]:
         while True:
-            _, event = await asyncio.wait_for(self.events.get(), LONGEST_WAIT_S)
+            async with asyncio.timeout(LONGEST_WAIT_S):
+                _, event = await self.events.get()
             if event["type"] == "error":
                 self.seen.errors.append(event["error"]["message"][:200])
             if event["type"] == kind:

@@ -185,7 +185,8 @@ class ServeStages:
         chosen = {"session_id": session} if session else {}
         try:
             response = self._stages[name].options(method_name="ready", **chosen).remote()  # type: ignore[arg-type]
-            await asyncio.wait_for(awaited(response), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await response
         except (TimeoutError, RayError, RayServeException):
             return False
         return True

@@ -15,7 +15,7 @@ from actors.transport import pack
 from omni_ray.data.tokenizer import Tokenizer
 from omni_ray.types.modality import Modality
 from pipelines.serving.live.door import Door
-from pipelines.serving.serve_stages import awaited, failure, unavailable
+from pipelines.serving.serve_stages import failure, unavailable
 from pipelines.serving.stages import AnswerOptions, AnswerRows, Rows
 
 
@@ -74,7 +74,8 @@ class LiveStages:
             actor = self._pools[pool].actors[0]
             asked = actor.look.remote(self._tokenizer, method, *pack(list(args)))
             try:
-                return await asyncio.wait_for(awaited(asked), self._patience_s)
+                async with asyncio.timeout(self._patience_s):
+                    return await asked
             except TimeoutError:
                 raise unavailable(pool) from None
             except RayError as error:

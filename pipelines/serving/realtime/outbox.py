@@ -58,7 +58,9 @@ class Outbox:
                 await self._wake.wait()
             frame = self._frames.popleft()
             try:
-                await asyncio.wait_for(self._send(frame), self._slow_s)
+                # Not asyncio.wait_for: before Python 3.12 it forgets a cancellation that comes as the frame leaves.
+                async with asyncio.timeout(self._slow_s):
+                    await self._send(frame)
             except TimeoutError:
                 self.stuck.set()
                 return

@@ -67,7 +67,8 @@ async def _converse(gateway: Gateway, socket: WebSocket) -> None:
         session.note()
         with contextlib.suppress(RuntimeError, OSError, WebSocketDisconnect):
             if socket.application_state != WebSocketState.DISCONNECTED:
-                await asyncio.wait_for(socket.close(code, reason[:120]), 2.0)
+                async with asyncio.timeout(2.0):
+                    await socket.close(code, reason[:120])
 
 
 async def _until_closed(

@@ -69,3 +69,26 @@ def test_a_client_that_does_not_read_is_found_out() -> None:
         return slow.stuck.is_set(), full.stuck.is_set()
 
     assert asyncio.run(main()) == (True, True)
+
+
+def test_a_cancellation_that_comes_as_a_frame_leaves_ends_the_sender() -> None:
+    async def main(turns: int) -> None:
+        leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def send(frame: str) -> None:
+            await leaving
+
+        outbox = Outbox(send)
+        pump = asyncio.create_task(outbox.run())
+        outbox.put({"type": "x"})
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        leaving.set_result(None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        pump.cancel()
+        done, _ = await asyncio.wait([pump], timeout=1.0)
+        assert done, "the sender goes on after it was cancelled"
+
+    for turns in range(4):
+        asyncio.run(main(turns))
