@@ -52,10 +52,6 @@ def _add_product(x_RK: Tensor, laid_out: Tensor, bias_N: Tensor | None, other_RN
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x_RK, other_RN, laid_out, bias_N, "add"))
 
 
-def _mul_product(x_RK: Tensor, laid_out: Tensor, bias_N: Tensor | None, other_RN: Tensor) -> Tensor:
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise.binary(x_RK, other_RN, laid_out, bias_N, "mul"))
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, laid_out: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
@@ -124,21 +120,6 @@ def linear(layer: nn.Linear, x_RK: Tensor) -> Tensor:
         out_RN: Tensor = _Linear.apply(x_RK, layer.weight, layer.bias, _laid_out(layer))
         return out_RN
     return _product(x_RK, _laid_out(layer), layer.bias)
-
-
-def linear_mul(layer: nn.Linear, x_RK: Tensor, gate_RN: Tensor) -> Tensor:
-    """``layer(x) * gate``; with a graph as two operations, whose backward wants both factors.
-
-    Args:
-        layer: With or without a bias.
-        x_RK: [R, K].
-        gate_RN: The other factor, [R, N].
-    Returns:
-        [R, N].
-    """
-    if torch.is_grad_enabled() or not _fused(x_RK, layer):
-        return linear(layer, x_RK) * gate_RN
-    return _mul_product(x_RK, _laid_out(layer), layer.bias, gate_RN)
 
 
 def linear_relu6(linear: nn.Linear, x_RK: Tensor) -> Tensor:

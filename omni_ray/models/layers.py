@@ -20,13 +20,30 @@ ROW_TILE = 16
 """Row counts that are multiples of this give the same bits per row in a matrix product."""
 
 
+def rms_scale(x32: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x^2) + eps)`` of every row, [..., 1]."""
+    mean = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x32.shape[-1])
+    return mean.add_(eps).rsqrt_()
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
     """The norm without a graph, and the factor of every row that its backward needs."""
     x32 = x.float()
-    mean = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    scale = mean.add_(eps).rsqrt_()
+    scale = rms_scale(x32, eps)
     gained = weight * gain if gain != 1.0 else weight
     return (x32 * scale).to(x.dtype).mul_(gained), scale
+
+
+def rms_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x * scale * weight * gain`` with respect to ``x`` and ``weight``; ``scale``: :func:`rms_scale`."""
+    x32, grad32 = x.float().flatten(0, -2), grad.float().flatten(0, -2)
+    scale, weight32 = scale.flatten(0, -2), weight.float() * gain
+    # With s the row's scale: dx = s (g w) - x s^3 mean(g w x), dw = sum over rows of s g x.
+    product = grad32 * x32
+    grad_weight = (scale.t() @ product).flatten().mul_(gain).to(weight.dtype)
+    along = (product @ weight32).unsqueeze(1).mul_(scale.pow(3)).div_(-x.shape[-1])
+    grad_x = torch.mul(grad32, weight32, out=product).mul_(scale).addcmul_(x32, along)
+    return grad_x.to(x.dtype).view(x.shape), grad_weight
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -41,14 +58,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
         x, weight, scale = ctx.saved_tensors
-        x32, grad32 = x.float().flatten(0, -2), grad.float().flatten(0, -2)
-        scale, weight32 = scale.flatten(0, -2), weight.float() * ctx.gain
-        # With s the row's scale: dx = s (g w) - x s^3 mean(g w x), dw = sum over rows of s g x.
-        product = grad32 * x32
-        grad_weight = (scale.t() @ product).flatten().mul_(ctx.gain).to(weight.dtype)
-        along = (product @ weight32).unsqueeze(1).mul_(scale.pow(3)).div_(-x.shape[-1])
-        grad_x = torch.mul(grad32, weight32, out=product).mul_(scale).addcmul_(x32, along)
-        return grad_x.to(x.dtype).view(x.shape), grad_weight, None, None
+        return *rms_backward(grad, x, weight, scale, ctx.gain), None, None
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> Tensor:

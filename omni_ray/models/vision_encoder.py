@@ -5,39 +5,25 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig
-from omni_ray.models.fused_linear import linear, linear_mul
+from omni_ray.models.fused_linear import linear
 from omni_ray.models.layers import ROW_TILE, RMSNorm
 from omni_ray.models.pretrained import Pretrained
 from omni_ray.models.projector import Grid, VisionProjector, merged_tokens
 from omni_ray.models.streaming import item_runs
+from omni_ray.models.vision_passes import PackedGrids, add_scaled, attend, gate_norm, norm
 from omni_ray.types.errors import MediaError
 
 MODEL_TYPE = "longcat_vit"
 RUN_ROWS = 1024
 """Patches of one run without a graph on the CPU (measured: 512 to 2,048 are alike, all at once is 20 % slower)."""
 
-# P packed patches, C values of a flattened patch, D hidden size, N heads, d head size, L patches of one frame pair
-
-
-@dataclass(frozen=True, slots=True)
-class PackedGrids:
-    """How packed patches fall into attention windows: one window is one frame pair of one item."""
-
-    order_P: Tensor | None
-    """[P] rows sorted by window size, so that equal windows are neighbours; None when they already are."""
-    windows: tuple[tuple[int, int], ...]
-    """(number of windows, patches in each) of every run of equal windows, in sorted order."""
-    cos_P1e: Tensor
-    """[P, 1, head size / 2] cosines of the rotation, in sorted order."""
-    sin_P1e: Tensor
-    """The sines."""
+# P packed patches (R in the order of windows), C values of a flattened patch, D hidden size, e angles of a head
 
 
 def rope_angles(height: int, width: int, head_size: int, base: float) -> Tensor:
@@ -71,20 +57,13 @@ def pack_grids(grids: Sequence[Grid], head_size: int, base: float, device: torch
     tables = {(h, w): rope_angles(h, w, head_size, base) for _, h, w in set(grids)}
     sorted_windows = [index for length in sorted(by_length) for index in by_length[length]]
     angles = [tables[starts[index][1:]] for index in sorted_windows]
-    angles_P1e = torch.cat(angles).unsqueeze(1).to(device) if angles else torch.empty(0, 1, head_size // 2).to(device)
-    order_P = None
+    angles_R1e = torch.cat(angles).unsqueeze(1).to(device) if angles else torch.empty(0, 1, head_size // 2).to(device)
+    order_R = None
     if len(by_length) > 1:
         spans = [torch.arange(r, r + h * w) for r, h, w in (starts[index] for index in sorted_windows)]
-        order_P = torch.cat(spans).to(device)
+        order_R = torch.cat(spans).to(device)
     windows = tuple((len(by_length[length]), length) for length in sorted(by_length))
-    return PackedGrids(order_P, windows, angles_P1e.cos(), angles_P1e.sin())
-
-
-def rotate(x_PNd: Tensor, cos_P1e: Tensor, sin_P1e: Tensor) -> Tensor:
-    """Turn every pair (i, i + d/2) of a head by its angle (rotate-half pairing)."""
-    first, second = x_PNd.chunk(2, dim=-1)
-    cos, sin = cos_P1e.to(x_PNd.dtype), sin_P1e.to(x_PNd.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return PackedGrids(order_R, windows, angles_R1e.cos(), angles_R1e.sin())
 
 
 class PatchEmbeddings(nn.Module):
@@ -115,23 +94,7 @@ class Attention(nn.Module):
 
     def forward(self, x_PD: Tensor, packed: PackedGrids) -> Tensor:
         """Mix the patches of each window; [P, D] to [P, D]."""
-        rows, size = x_PD.shape
-        query_key, value_PD = linear(self.qkv, x_PD).split([2 * size, size], dim=-1)
-        heads = query_key.view(rows, 2 * self.num_heads, size // self.num_heads)
-        turned = rotate(heads, packed.cos_P1e, packed.sin_P1e).view(rows, 2 * size)
-        query_PD, key_PD = turned.split(size, dim=-1)
-        query_PD, key_PD = self.q_norm(query_PD), self.k_norm(key_PD)
-        mixed, start = [], 0
-        for count, length in packed.windows:
-            run = slice(start, start + count * length)
-            shape = (count, length, self.num_heads, size // self.num_heads)
-            query, key, value = (x[run].view(shape).transpose(1, 2) for x in (query_PD, key_PD, value_PD))
-            out = F.scaled_dot_product_attention(query, key, value)
-            mixed.append(out.transpose(1, 2).reshape(count * length, size))
-            start += count * length
-        if not mixed:
-            mixed.append(value_PD)
-        return linear(self.proj, mixed[0] if len(mixed) == 1 else torch.cat(mixed))
+        return linear(self.proj, attend(linear(self.qkv, x_PD), self.q_norm, self.k_norm, self.num_heads, packed))
 
 
 class SwiGLU(nn.Module):
@@ -146,8 +109,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_PD: Tensor) -> Tensor:
         """[P, D] to [P, D]."""
-        gate_PF = F.silu(linear(self.fc1, x_PD), inplace=not torch.is_grad_enabled())
-        return linear(self.fc2, self.norm(linear_mul(self.fc3, x_PD, gate_PF)))
+        return linear(self.fc2, gate_norm(linear(self.fc1, x_PD), linear(self.fc3, x_PD), self.norm))
 
 
 class Block(nn.Module):
@@ -164,15 +126,8 @@ class Block(nn.Module):
 
     def forward(self, x_PD: Tensor, packed: PackedGrids) -> Tensor:
         """[P, D] to [P, D]."""
-        x_PD = _add_scaled(x_PD, self.ls1, self.attn(self.norm1(x_PD), packed))
-        return _add_scaled(x_PD, self.ls2, self.mlp(self.norm2(x_PD)))
-
-
-def _add_scaled(x_PD: Tensor, scale_D: Tensor, update_PD: Tensor) -> Tensor:
-    """``x + scale * update``; without a graph in the update's own memory, with the same bits."""
-    if torch.is_grad_enabled():
-        return x_PD + scale_D * update_PD
-    return update_PD.mul_(scale_D).add_(x_PD)
+        x_PD = add_scaled(x_PD, self.ls1, self.attn(norm(x_PD, self.norm1), packed))
+        return add_scaled(x_PD, self.ls2, self.mlp(norm(x_PD, self.norm2)))
 
 
 class Blocks(nn.Module):
@@ -202,12 +157,12 @@ class LongCatViT(nn.Module):
         config = self.config
         packed = pack_grids(grids, config.hidden_size // config.num_heads, config.rope_base, patches_PC.device)
         x_PD = self.embeddings(patches_PC)
-        if packed.order_P is not None:
-            x_PD = x_PD[packed.order_P]
+        if packed.order_R is not None:
+            x_PD = x_PD[packed.order_R]
         for block in self.encoder.layers:
             x_PD = block(x_PD, packed)
-        if packed.order_P is not None:
-            x_PD = x_PD[torch.argsort(packed.order_P)]
+        if packed.order_R is not None:
+            x_PD = x_PD[torch.argsort(packed.order_R)]
         return x_PD[:rows]
 
 

@@ -37,11 +37,11 @@ class TextTower(nn.Module):
         x_PD = self.embedding(torch.tensor([i for caption in ids for i in caption], device=weight.device))
         grids: list[Grid] = [(1, 1, len(caption)) for caption in ids]
         packed = pack_grids(grids, config.hidden_size // config.num_heads, config.rope_base, weight.device)
-        if packed.order_P is not None:
-            x_PD = x_PD[packed.order_P]
+        if packed.order_R is not None:
+            x_PD = x_PD[packed.order_R]
         x_PD = self.block(x_PD, packed)
-        if packed.order_P is not None:
-            x_PD = x_PD[torch.argsort(packed.order_P)]
+        if packed.order_R is not None:
+            x_PD = x_PD[torch.argsort(packed.order_R)]
         return mean_pool(x_PD, [len(caption) for caption in ids])
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from omni_ray.config.model import SizeName, model_preset
 from omni_ray.models.projector import Grid
-from omni_ray.models.vision_encoder import Block, VisionEncoder, rope_angles, rotate
+from omni_ray.models.vision_encoder import Block, VisionEncoder, rope_angles
+from omni_ray.models.vision_passes import rotate
 from omni_ray.types.errors import OmniError
 from pipelines.bench.writer import BenchReport, alternate, environment, measured
 

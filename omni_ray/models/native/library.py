@@ -20,9 +20,16 @@ SWITCH = "OMNI_RAY_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
-SOURCES = ("rows.c", "codec.c")
+SOURCES = ("rows.c", "codec.c", "vision.c")
 HEADERS = ("vectors.h",)
-SIZES = ("lanes", "panel_columns", "rows_scratch_floats", "codec_state_floats", "codec_scratch_floats")
+SIZES = (
+    "lanes",
+    "panel_columns",
+    "rows_scratch_floats",
+    "codec_state_floats",
+    "codec_scratch_floats",
+    "window_scratch_floats",
+)
 """Functions that count; all others give nothing back."""
 PATIENCE_S = 120
 

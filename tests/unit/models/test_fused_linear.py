@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni_ray.models.fused_linear import linear, linear_add, linear_mul, linear_relu6
+from omni_ray.models.fused_linear import linear, linear_add, linear_relu6
 
 SIZES = [(96, 384), (1200, 256), (24, 8), (512, 40)]
 
@@ -24,7 +24,6 @@ def test_values_and_gradients_are_those_of_the_plain_operations(inputs: int, out
         (linear_relu6(layer, x), F.relu6(layer(x)), False),
         (linear(layer, x), layer(x), False),
         (linear_add(layer, x, other), layer(x) + other, True),
-        (linear_mul(layer, x, other), layer(x) * other, True),
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         wanted = [x, *layer.parameters(), *([other] if takes_other else [])]
@@ -45,7 +44,6 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it_and_with_a_graph(in
             linear(layer, part),
             linear_relu6(layer, part),
             linear_add(layer, part, beside),
-            linear_mul(layer, part, beside),
         ]
 
     whole = every(slice(None))

@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 from omni_ray.config.model import VisionConfig, model_preset
 from omni_ray.data.image import fit_size
+from omni_ray.models import vision_passes
+from omni_ray.models.native.passes import passes
 from omni_ray.models.projector import Grid
-from omni_ray.models.vision_encoder import Block, VisionEncoder, rope_angles, rotate
+from omni_ray.models.vision_encoder import Block, VisionEncoder, rope_angles
+from omni_ray.models.vision_passes import rotate
 from omni_ray.types.errors import CheckpointError, MediaError
 
 SMALL = VisionConfig(
@@ -32,6 +35,15 @@ SMALL = VisionConfig(
     side_multiple=28,
 )
 MIXED: list[Grid] = [(1, 4, 4), (2, 2, 6), (1, 4, 2), (3, 4, 4), (1, 2, 2)]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs over the compiled passes and over torch's operations."""
+    if request.param == "plain":
+        monkeypatch.setattr(vision_passes, "passes", lambda: None)
+    elif passes() is None:
+        pytest.skip("no C compiler")
 
 
 def draw_patches(config: VisionConfig, grids: list[Grid], seed: int = 0) -> list[Tensor]:
