@@ -62,6 +62,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.full
 def test_a_separate_prefill_answers_alike_and_hands_its_cache_over(tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint")
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(checkpoint)]

@@ -43,7 +43,7 @@ def start_codec(folder: Path) -> Path:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Train copies settings of Ray Data that Ray deprecates
 def test_a_lost_worker_of_two_changes_no_bit(tmp_path: Path) -> None:
     lines: list[str] = []

@@ -90,7 +90,7 @@ def check_timeline(path: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.full
 def test_pools_in_half_precision_equal_the_reference_bit_for_bit(base: Path, ray_cluster: None, tmp_path: Path) -> None:
     """Masters are saved, a resume goes on from them, and the bridge carries half of the bytes."""
     precision = {name: {"precision": "bf16", "actors": 2} for name in ("vision", "audio", "language")}

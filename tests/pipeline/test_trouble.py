@@ -65,7 +65,7 @@ def test_a_gradient_that_is_no_number_skips_the_step_in_every_pool(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_full_disk_leaves_earlier_checkpoints_and_a_clear_error(
     base: Path, ray_cluster: None, tmp_path: Path
 ) -> None:
