@@ -33,6 +33,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "omni-ray needs Python 3.11; none was found on PATH" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v[:2] != (3, 11) and f"omni-ray is pinned for Python 3.11; {sys.executable} is {v[0]}.{v[1]}. Name one: make PYTHON=/path/to/python3.11")'
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no ensurepip; install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@if [ -L $(VENV) ]; then echo "$(VENV) is a link and not up to date; run make install where it points to, or remove the link" >&2; exit 1; fi
 	@rm -f $(STAMP)
 	@if [ -e $(BEGUN) ]; then echo "an earlier install was interrupted; starting afresh" >&2; rm -rf $(VENV); fi
 	@began=$$(date +%s); \
