@@ -52,7 +52,7 @@ quickstart: $(STAMP) ## Build data, train a tiny omni model, evaluate it, let it
 test: $(STAMP) ## All tests but those that take minutes each.
 	@$(PYTEST) -m "not full" $(ARGS)
 
-test-fast: $(STAMP) ## Tests without Ray, under 90 seconds.
+test-fast: $(STAMP) ## Tests without Ray: a third of the time.
 	@$(PYTEST) -m "not ray and not slow and not full and not gpu" $(ARGS)
 
 test-full: $(STAMP) ## Every test.

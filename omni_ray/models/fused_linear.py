@@ -1,4 +1,4 @@
-"""Linears of the encoders with their bias, activation, gate or residual inside the product (docs/decisions).
+"""Linears of the encoders with their bias, activation or residual inside the product (docs/decisions).
 
 On the CPU in fp32 this is oneDNN's product over weights laid out once for its kernel: what follows the product
 happens while a tile is in registers, where separate operations take two more trips over the widest activations. Values

@@ -142,7 +142,7 @@ class ServeStages:
         Raises:
             SessionLostError: the replica is gone.  ApiError: 429, the stage is full; 503, it failed or is silent.
         """
-        work = asyncio.ensure_future(awaited(response))
+        work = asyncio.ensure_future(_awaited(response))
         try:
             while not (await asyncio.wait({work}, timeout=self._half(name)))[0]:
                 probe = asyncio.create_task(self._answers(name, session, self._half(name)))
@@ -221,6 +221,5 @@ async def _next(stream: AsyncIterator[Any]) -> Any:
     return await anext(stream, None)
 
 
-async def awaited(response: Awaitable[Any]) -> Any:
-    """A response of Ray or of Serve as a coroutine."""
+async def _awaited(response: Awaitable[Any]) -> Any:
     return await response

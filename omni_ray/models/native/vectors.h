@@ -32,18 +32,24 @@ typedef struct {
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
 
+/* sum [rows, wide vectors] of x [rows, inputs] and the first vectors of a panel. */
+static inline __attribute__((always_inline)) void panel_sums(
+    const int rows, const int wide, const float *x, int64_t ldx, const float *w, int64_t inputs, V sum[TALL][WIDE]) {
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < wide; v++) sum[r][v] = (V){0};
+    for (int64_t k = 0; k < inputs; k++, w += PANEL) {
+        V in[WIDE];
+        for (int v = 0; v < wide; v++) in[v] = *(const U *)(w + v * LANES);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < wide; v++) sum[r][v] += x[r * ldx + k] * in[v];
+    }
+}
+
 static inline __attribute__((always_inline)) void tile(
     const int rows, const float *x, int64_t ldx, const float *w, int64_t inputs, float *out, int64_t ldo, int64_t columns,
     int add) {
     V sum[TALL][WIDE];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < WIDE; v++) sum[r][v] = (V){0};
-    for (int64_t k = 0; k < inputs; k++, w += PANEL) {
-        V in[WIDE];
-        for (int v = 0; v < WIDE; v++) in[v] = *(const U *)(w + v * LANES);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < WIDE; v++) sum[r][v] += x[r * ldx + k] * in[v];
-    }
+    panel_sums(rows, WIDE, x, ldx, w, inputs, sum);
     for (int r = 0; r < rows; r++) {
         float *to = out + r * ldo;
         if (columns == PANEL) {
@@ -82,13 +88,11 @@ static inline void product(int64_t rows, const float *x, int64_t ldx, const Matr
 
 /* --- functions of values ------------------------------------------------------------------------------------------ */
 
-/* e^x to about one unit in the last place, for vectors of two widths; at most e^88, and 0 below e^-87. */
+/* e^x to about one unit in the last place, for vectors of two widths: NAME of any x, at most e^88, and 0 below e^-87;
+ * NAME##_between of an x that lies between these. */
 #define EXPONENTIAL(NAME, PICK, V, I)                                                                                 \
     static inline V PICK(I chosen, V yes, V no) { return (V)((chosen & (I)yes) | (~chosen & (I)no)); }                \
-    static inline V NAME(V x) {                                                                                       \
-        const I below = x < -87.0f;                                                                                   \
-        x = PICK(x > 88.0f, (V){0} + 88.0f, x);                                                                       \
-        x = PICK(below, (V){0}, x);                                                                                   \
+    static inline V NAME##_between(V x) {                                                                             \
         const V whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds: no bits are left for fractions */   \
         V r = x - whole * 0.693359375f;                                                                               \
         r = r - whole * -2.12194440e-4f;                                                                              \
@@ -100,7 +104,12 @@ static inline void product(int64_t rows, const float *x, int64_t ldx, const Matr
         p = p * r + 5.0000001201e-1f;                                                                                 \
         p = p * r * r + r + 1.0f;                                                                                     \
         const I power = (__builtin_convertvector(whole, I) + 127) << 23;                                              \
-        return PICK(below, (V){0}, p * (V)power);                                                                     \
+        return p * (V)power;                                                                                          \
+    }                                                                                                                 \
+    static inline V NAME(V x) {                                                                                       \
+        const I below = x < -87.0f;                                                                                   \
+        x = PICK(x > 88.0f, (V){0} + 88.0f, x);                                                                       \
+        return PICK(below, (V){0}, NAME##_between(PICK(below, (V){0}, x)));                                           \
     }
 EXPONENTIAL(exponential, pick, V, I)
 

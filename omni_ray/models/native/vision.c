@@ -10,31 +10,23 @@
 
 /* --- products of one window --------------------------------------------------------------------------------------- */
 
-/* rows x wide vectors: x [rows, inputs] times w [inputs, at least wide vectors] whose rows lie `ldw` apart. */
+/* rows x wide vectors of a product: unlike `tile`, a last panel is computed no wider than it is needed. */
 static inline __attribute__((always_inline)) void block(
-    const int rows, const int wide, const float *x, int64_t ldx, const float *w, int64_t ldw, int64_t inputs, float *out,
-    int64_t ldo) {
+    const int rows, const int wide, const float *x, int64_t ldx, const float *w, int64_t inputs, float *out, int64_t ldo) {
     V sum[TALL][WIDE];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < wide; v++) sum[r][v] = (V){0};
-    for (int64_t k = 0; k < inputs; k++, w += ldw) {
-        V in[WIDE];
-        for (int v = 0; v < wide; v++) in[v] = *(const U *)(w + v * LANES);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < wide; v++) sum[r][v] += x[r * ldx + k] * in[v];
-    }
+    panel_sums(rows, wide, x, ldx, w, inputs, sum);
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < wide; v++) *(U *)(out + r * ldo + v * LANES) = sum[r][v];
 }
 
 #define ROWS_OF(WIDTH)                                                                                                \
     switch (rows) {                                                                                                   \
-    case 1: block(1, WIDTH, x, ldx, w, PANEL, inputs, out, ldo); break;                                               \
-    case 2: block(2, WIDTH, x, ldx, w, PANEL, inputs, out, ldo); break;                                               \
-    case 3: block(3, WIDTH, x, ldx, w, PANEL, inputs, out, ldo); break;                                               \
-    case 4: block(4, WIDTH, x, ldx, w, PANEL, inputs, out, ldo); break;                                               \
-    case 5: block(TALL < 5 ? TALL : 5, WIDTH, x, ldx, w, PANEL, inputs, out, ldo); break;                             \
-    default: block(TALL, WIDTH, x, ldx, w, PANEL, inputs, out, ldo);                                                  \
+    case 1: block(1, WIDTH, x, ldx, w, inputs, out, ldo); break;                                                      \
+    case 2: block(2, WIDTH, x, ldx, w, inputs, out, ldo); break;                                                      \
+    case 3: block(3, WIDTH, x, ldx, w, inputs, out, ldo); break;                                                      \
+    case 4: block(4, WIDTH, x, ldx, w, inputs, out, ldo); break;                                                      \
+    case 5: block(TALL < 5 ? TALL : 5, WIDTH, x, ldx, w, inputs, out, ldo); break;                                    \
+    default: block(TALL, WIDTH, x, ldx, w, inputs, out, ldo);                                                         \
     }
 
 /* out [rows, vectors] of panels [P, inputs, PANEL]; at most TALL rows. */
@@ -60,19 +52,7 @@ static void panels(
 /* e^x for x <= 0; below e^-87 it stays there. */
 static inline V below_one(V x) {
     const V least = (V){0} - 87.0f;
-    x = pick(x > least, x, least);
-    const V whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    V r = x - whole * 0.693359375f;
-    r = r - whole * -2.12194440e-4f;
-    V p = (V){0} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const I power = (__builtin_convertvector(whole, I) + 127) << 23;
-    return p * (V)power;
+    return exponential_between(pick(x > least, x, least));
 }
 
 /* scores [L, filled up to whole vectors] become e^(score - highest); their sum, and the logarithm of the real one. */
