@@ -137,14 +137,16 @@ def _inside_figures(inside: dict[str, Any]) -> list[Figure]:
 
 
 def _hops(count: int) -> list[float]:
-    """Empty calls to a stage, one after another."""
+    """Empty calls to a stage, one after another, on the way that a session's calls take."""
     from ray import serve as ray_serve
 
-    handle = ray_serve.get_deployment_handle("vision", "omni-ray")
+    from pipelines.serving.serve_stages import bound
+
+    ready = bound(ray_serve.get_deployment_handle("vision", "omni-ray"), "ready")
     times = []
     for _ in range(count + 10):
         began = time.perf_counter()
-        handle.ready.remote().result()
+        ready.remote().result()
         times.append(1000 * (time.perf_counter() - began))
     return times[10:]
 

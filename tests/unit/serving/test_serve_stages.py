@@ -27,7 +27,8 @@ class Handle:
     def __init__(self, work: Work, alive: bool = True) -> None:
         self.work, self.alive, self.probes = work, alive, 0
 
-    def options(self, *, method_name: str, session_id: str = "", stream: bool = False) -> Any:
+    def options(self, *, method_name: str, stream: bool, _by_reference: bool, session_id: str = "") -> Any:
+        assert _by_reference is (method_name not in ("ready", "hear", "extend", "say"))
         return Method(self, method_name, stream)
 
     @property
@@ -112,8 +113,8 @@ def test_a_silent_stage_fails_in_time_and_the_next_call_sooner(call: str) -> Non
         first, again = await ask(), await ask()
         assert first >= PATIENCE_S * 0.9
         assert again < first / 2
-        handle.alive, handle.work = True, failing(ValueError("it works again"))
-        with pytest.raises(ValueError, match="it works again"):
+        handle.alive, handle.work = True, failing(SessionLostError("it works again"))
+        with pytest.raises(SessionLostError, match="it works again"):
             await asked(stages, call)
 
     asyncio.run(main())
@@ -140,13 +141,29 @@ def errors() -> dict[str, tuple[Exception, type, str]]:
         "lost": (ObjectLostError("0" * 56, None, ""), SessionLostError, "replica is gone"),  # type: ignore[arg-type]
         "full": (BackPressureError(num_queued_requests=1, max_queued_requests=1), ApiError, "stage is full"),
         "inside": (RayServeException("inside"), ApiError, "stage failed on this request"),
+        "by gRPC": (ValueError("inside"), ApiError, "stage failed on this request"),
+        "unknown session": (SessionLostError("a is not here"), SessionLostError, "a is not here"),
+        "shut down": (asyncio.CancelledError(), SessionLostError, "replica is gone"),  # type: ignore[dict-item]
     }
 
 
-@pytest.mark.parametrize("error", ["died", "lost", "full", "inside"])
+@pytest.mark.parametrize("error", ["died", "lost", "full", "inside", "by gRPC", "unknown session", "shut down"])
 @pytest.mark.parametrize("call", ["hear", "extend", "say", "encode", "answer"])
 def test_failures_in_the_words_of_the_gateway(error: str, call: str) -> None:
     raised, seen, words = errors()[error]
     stages, _ = stages_of(failing(raised))
     with pytest.raises(seen, match=words):
         asyncio.run(asked(stages, call))
+
+
+@pytest.mark.parametrize("call", ["hear", "extend", "say", "encode", "answer"])
+def test_a_caller_that_is_cancelled_ends_as_cancelled(call: str) -> None:
+    async def main() -> None:
+        stages, _ = stages_of(never)
+        asking = asyncio.create_task(asked(stages, call))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    asyncio.run(main())
