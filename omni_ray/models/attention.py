@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from omni_ray.config.model import LanguageConfig
 from omni_ray.models.layers import RMSNorm, rms_norm
 from omni_ray.models.packed_attention import PackedLayout, packed_attention
+from omni_ray.models.products import Linear
 
 LATENT_NORM_EPS = 1e-6
 """The reference implementation leaves the low-rank norms at this default instead of the config's rms_norm_eps."""
@@ -38,12 +39,12 @@ class LatentAttention(nn.Module):
             config.qk_nope_head_dim + config.qk_rope_head_dim
         )
         self.kv_gain = math.sqrt(hidden / self.kv_rank) if config.mla_scale_kv_lora else 1.0
-        self.qkv_a_proj = nn.Linear(hidden, self.q_rank + self.kv_rank + self.rope, bias=False)
+        self.qkv_a_proj = Linear(hidden, self.q_rank + self.kv_rank + self.rope, bias=False)
         self.q_a_layernorm = RMSNorm(self.q_rank, LATENT_NORM_EPS)
-        self.q_b_proj = nn.Linear(self.q_rank, heads * (self.nope + self.rope), bias=False)
+        self.q_b_proj = Linear(self.q_rank, heads * (self.nope + self.rope), bias=False)
         self.kv_a_layernorm = RMSNorm(self.kv_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.kv_rank, heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(heads * self.value, hidden, bias=False)
+        self.kv_b_proj = Linear(self.kv_rank, heads * (self.nope + self.value), bias=False)
+        self.o_proj = Linear(heads * self.value, hidden, bias=False)
 
     def project(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and what the cache keeps, before the rotary turn.

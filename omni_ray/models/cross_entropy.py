@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.products import add_product, product
+
 CHUNK_ROWS = 512
 """Rows whose logits exist at one time."""
 
@@ -25,7 +27,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_R), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             hidden, label_C1, factor_C1 = hidden_RH[part], labels_R[part, None], factor_R[part, None].to(wide)
-            log_CV = F.log_softmax(F.linear(hidden, weight_VH), dim=-1, dtype=wide)
+            log_CV = F.log_softmax(product(hidden, weight_VH.t()), dim=-1, dtype=wide)
             ce_R[part] = log_CV.gather(1, label_C1).squeeze(1).neg_()
             if not (wants_hidden or wants_weight):
                 continue
@@ -33,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope_CV = log_CV.exp_().scatter_add_(1, label_C1, log_CV.new_full((1, 1), -1.0).expand_as(label_C1))
             slope_CV = slope_CV.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = (slope_CV @ weight_VH).mul_(factor_C1.to(hidden.dtype))
+                grad_hidden[part] = product(slope_CV, weight_VH).mul_(factor_C1.to(hidden.dtype))
             if grad_weight is not None:
                 _add_product(grad_weight, slope_CV.t(), hidden * factor_C1.to(hidden.dtype))
             del log_CV, slope_CV  # before the next chunk's logits are made
@@ -55,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
     if total_VH.dtype == right_CH.dtype:
-        total_VH.addmm_(left_VC, right_CH)
+        add_product(total_VH, left_VC, right_CH)
     else:
         total_VH.add_(left_VC @ right_CH)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from omni_ray.models.changed_weights import state_of
+from omni_ray.models.products import product
 
 # R rows, K inputs, N outputs
 
@@ -98,8 +99,8 @@ def _linear_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, as autograd makes them for a linear."""
     return (
-        grad_RN @ weight_NK if needed[0] else None,
-        grad_RN.t() @ x_RK if needed[1] else None,
+        product(grad_RN, weight_NK) if needed[0] else None,
+        product(grad_RN.t(), x_RK) if needed[1] else None,
         grad_RN.sum(dim=0) if needed[2] else None,
     )
 

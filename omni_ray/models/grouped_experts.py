@@ -11,38 +11,14 @@ import itertools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from omni_ray.models.layers import swiglu_backward, swiglu_forward
+from omni_ray.models.products import grouped_product
 
 BLOCK_ROWS = 4096
 """Most rows that are worked on together: 0.60 of the matmul peak where 65,536 rows at once reach 0.48."""
-
-
-def grouped_mm(x: Tensor, weight: Tensor, ends_N: Tensor) -> Tensor:
-    """Product of each group of rows with its own matrix (or of row groups with row groups).
-
-    Args:
-        x: [M, A] rows sorted by group, or [A, M].
-        weight: [N, A, B], or [M, B] with [A, M] on the left.
-        ends_N: [N] int32, end of each group.
-    Returns:
-        [M, B], or [N, A, B].
-    """
-    # The CUDA kernel takes bf16 only.
-    if (x.device.type == "cpu" or x.dtype == torch.bfloat16) and _aligned(x) and _aligned(weight):
-        return F.grouped_mm(x, weight, offs=ends_N)
-    bounds = list(itertools.pairwise([0, *ends_N.cpu().tolist()]))
-    if weight.dim() == 2:
-        return torch.stack([x[:, start:end] @ weight[start:end] for start, end in bounds])
-    return torch.cat([x[start:end] @ weight[group] for group, (start, end) in enumerate(bounds)])
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether rows start at multiples of 16 bytes, which the grouped kernel asks for in half precision."""
-    return all(stride == 1 or stride * tensor.element_size() % 16 == 0 for stride in tensor.stride())
 
 
 class _Block(NamedTuple):
@@ -90,11 +66,11 @@ class _GroupedExperts(torch.autograd.Function):
         kept: list[Tensor] = []
         ctx.blocks = _blocks(per_expert.cumsum(0).to(torch.int32))
         for experts, rows, ends_E in ctx.blocks:
-            hidden = grouped_mm(u.index_select(0, token_M[rows]), gate_up[experts].transpose(1, 2), ends_E)
+            hidden = grouped_product(u.index_select(0, token_M[rows]), gate_up[experts].transpose(1, 2), ends_E)
             kept.append(hidden)
             # The router's weight rides on the inner activations, so no second buffer of outputs is needed.
             inner = swiglu_forward(hidden)[0].mul_(share_M1[rows])
-            out.index_add_(0, token_M[rows], grouped_mm(inner, down[experts].transpose(1, 2), ends_E))
+            out.index_add_(0, token_M[rows], grouped_product(inner, down[experts].transpose(1, 2), ends_E))
         ctx.save_for_backward(u, share_M1, chosen_M, token_M, gate_up, down, *kept)
         ctx.shape_TK = weight_TK.shape
         return out
@@ -110,15 +86,15 @@ class _GroupedExperts(torch.autograd.Function):
             token_B, share_B1 = token_M[rows], share_M1[rows]
             grad_B = grad.index_select(0, token_B)
             unweighted, activated = swiglu_forward(hidden)
-            grad_inner = grouped_mm(grad_B, down[experts], ends_E)
+            grad_inner = grouped_product(grad_B, down[experts], ends_E)
             # chosen_M names each (token, choice) once: a copy, never a sum.
             along_B = (grad_inner * unweighted).sum(dim=1, dtype=torch.float32)
             grad_weight.view(-1).index_copy_(0, chosen_M[rows], along_B)
-            grad_down = grouped_mm(grad_B.t(), unweighted.mul_(share_B1), ends_E)
+            grad_down = grouped_product(grad_B.t(), unweighted.mul_(share_B1), ends_E)
             grad_hidden = swiglu_backward(grad_inner.mul_(share_B1), hidden, activated)
-            grad_gate_up = grouped_mm(grad_hidden.t(), u.index_select(0, token_B), ends_E)
+            grad_gate_up = grouped_product(grad_hidden.t(), u.index_select(0, token_B), ends_E)
             of_experts.add(experts, grad_gate_up, grad_down)
-            grad_u.index_add_(0, token_B, grouped_mm(grad_hidden, gate_up[experts], ends_E))
+            grad_u.index_add_(0, token_B, grouped_product(grad_hidden, gate_up[experts], ends_E))
         return grad_u, grad_weight, None, *of_experts.sums
 
 

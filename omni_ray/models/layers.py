@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.products import Linear
 from omni_ray.models.recompute import offer
 
 ROW_TILE = 16
@@ -137,8 +138,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * inner_size, bias=False)
-        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * inner_size, bias=False)
+        self.down_proj = Linear(inner_size, hidden_size, bias=False)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""

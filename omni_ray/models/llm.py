@@ -23,6 +23,7 @@ from omni_ray.models.layers import RMSNorm
 from omni_ray.models.moe import Routing, balance_loss, expert_counts
 from omni_ray.models.mtp import MultiTokenPrediction
 from omni_ray.models.packed_attention import PackedLayout, packed_layout
+from omni_ray.models.products import Linear
 from omni_ray.models.recompute import RecomputeMode, layer_runner
 from omni_ray.models.rope import Turn, rope_tables
 from omni_ray.models.tensor_files import SHARD_BYTES
@@ -260,4 +261,4 @@ class LanguageModel(nn.Module):
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
+    return Linear(inputs, outputs, bias=False)

@@ -14,6 +14,7 @@ from omni_ray.config.model import LanguageConfig
 from omni_ray.models.attention import LatentAttention
 from omni_ray.models.layers import GatedMLP, RMSNorm
 from omni_ray.models.packed_attention import PackedLayout
+from omni_ray.models.products import Linear
 
 
 class AheadLayer(nn.Module):
@@ -25,7 +26,7 @@ class AheadLayer(nn.Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.eh_proj = Linear(2 * hidden, hidden, bias=False)
         self.enorm = nn.ModuleDict({"m": RMSNorm(hidden, eps)})
         self.hnorm = nn.ModuleDict({"m": RMSNorm(hidden, eps)})
         self.input_layernorm = RMSNorm(hidden, eps)

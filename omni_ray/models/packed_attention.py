@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.products import batched_product
 from omni_ray.models.recompute import rebuilding
 from omni_ray.models.rope import Turn
 
@@ -137,7 +138,7 @@ def _by_head(r: Rectangle, q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, no
 
 def _probabilities(q_BLd: Tensor, k_BLd: Tensor, start: int, end: int) -> Tensor:
     """Softmax rows of queries [start, end) over keys [0, end): [B, X, Y]; the sums of a row in fp32 at least."""
-    scores = torch.bmm(q_BLd[:, start:end], k_BLd[:, :end].transpose(1, 2))
+    scores = batched_product(q_BLd[:, start:end], k_BLd[:, :end].transpose(1, 2))
     future = scores.new_full((end - start, end - start), float("-inf")).triu_(1)
     scores[:, :, start:end].add_(future)
     return scores.softmax(dim=-1)
@@ -156,7 +157,7 @@ class _PackedAttention(torch.autograd.Function):
             kept += [q, k, v]
             for start, end in _blocks(r.length):
                 probs = _probabilities(q, k, start, end)
-                out_BLe[:, start:end] = torch.bmm(probs, v[:, :end])
+                batched_product(probs, v[:, :end], out_BLe[:, start:end])
                 if keep:
                     kept.append(probs)
             room = r.room(out_The)
@@ -193,15 +194,12 @@ def _rectangle_backward(
     for index, (start, end) in reversed(list(enumerate(_blocks(q.shape[1])))):
         probs = kept[index] if kept is not None else _probabilities(q, k, start, end)
         grad = grad_BLe[:, start:end]
-        dprobs = torch.bmm(grad, v[:, :end].transpose(1, 2))
+        dprobs = batched_product(grad, v[:, :end].transpose(1, 2))
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        dq[:, start:end] = torch.bmm(dscores, k[:, :end])
-        if end == q.shape[1]:
-            torch.bmm(dscores.transpose(1, 2), q[:, start:end], out=dk)
-            torch.bmm(probs.transpose(1, 2), grad, out=dv)
-        else:
-            dk[:, :end].baddbmm_(dscores.transpose(1, 2), q[:, start:end])
-            dv[:, :end].baddbmm_(probs.transpose(1, 2), grad)
+        batched_product(dscores, k[:, :end], dq[:, start:end])
+        add = end < q.shape[1]
+        batched_product(dscores.transpose(1, 2), q[:, start:end], dk[:, :end], add=add)
+        batched_product(probs.transpose(1, 2), grad, dv[:, :end], add=add)
     return dq, dk, dv
 
 

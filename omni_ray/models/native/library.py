@@ -20,7 +20,7 @@ SWITCH = "OMNI_RAY_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
-SOURCES = ("rows.c", "codec.c", "vision.c")
+SOURCES = ("rows.c", "codec.c", "vision.c", "products.c")
 HEADERS = ("vectors.h",)
 SIZES = (
     "lanes",
@@ -29,6 +29,7 @@ SIZES = (
     "codec_state_floats",
     "codec_scratch_floats",
     "window_scratch_floats",
+    "product_scratch_floats",
 )
 """Functions that count; all others give nothing back."""
 PATIENCE_S = 120

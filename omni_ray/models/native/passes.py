@@ -50,7 +50,7 @@ class Passes:
         out_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
         sizes = (c_int64(size // head), c_int64(head), _at(x_RD), c_int64(x_RD.stride(0)))
         rest = (_at(cos_R1e), _at(sin_R1e), _at(gain_D), c_float(eps), _at(out_RD))
-        _share_out(rows, LEAST_ROWS, lambda a, b: self._library.turn_norm_rows(c_int64(a), c_int64(b), *sizes, *rest))
+        share_out(rows, LEAST_ROWS, lambda a, b: self._library.turn_norm_rows(c_int64(a), c_int64(b), *sizes, *rest))
         return out_RD
 
     def attend(
@@ -73,13 +73,13 @@ class Passes:
             made = (_at(out_RD), _at(log_sum_NhL), _at(scratch))
             self._library.window_attend(c_int64(first), c_int64(end), *sizes, *read, *made)
 
-        _share_out(windows * heads, max(1, LEAST_ROWS // length), share)
+        share_out(windows * heads, max(1, LEAST_ROWS // length), share)
         return log_sum_NhL
 
     def _rows(self, function: Callable[..., None], like_RD: Tensor, *arguments: Tensor | float) -> None:
         rows, size = like_RD.shape
         rest = [c_float(value) if isinstance(value, float) else _at(value) for value in arguments]
-        _share_out(rows, LEAST_ROWS, lambda a, b: function(c_int64(a), c_int64(b), c_int64(size), *rest))
+        share_out(rows, LEAST_ROWS, lambda a, b: function(c_int64(a), c_int64(b), c_int64(size), *rest))
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def _at(values: Tensor) -> c_void_p:
     return c_void_p(values.data_ptr())
 
 
-def _share_out(count: int, least: int, work: Callable[[int, int], None]) -> None:
+def share_out(count: int, least: int, work: Callable[[int, int], None]) -> None:
     """``work(first, end)`` over ``count`` things, in as many threads as torch uses; compiled calls let others run."""
     shares = min(torch.get_num_threads(), max(1, count // least))
     if shares == 1:

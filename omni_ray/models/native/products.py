@@ -1,0 +1,110 @@
+"""Calls into ``products.c``: products of matrices of any orientation, shared out over torch's threads."""
+
+# R rows, K inputs, N outputs, G groups
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from ctypes import c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omni_ray.models.native.library import library
+from omni_ray.models.native.passes import LEAST_ROWS, share_out
+
+VENDOR = "AuthenticAMD"
+"""MKL, which torch takes, leaves a sixth of the peak of these processors unused; elsewhere it does not."""
+
+
+class Products:
+    """The compiled functions over fp32 matrices on the CPU; an element's bits feel neither threads nor neighbours."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        self._one, self._batches, self._groups, self._inner = (
+            _typed(compiled, name, kinds)
+            for name, kinds in (
+                ("product_rows", "nnnn pnn pnn pn n p"),
+                ("product_batches", "nnnnn pnnn pnnn pnn n p"),
+                ("product_groups", "nn p nn pnn pnnn pn p"),
+                ("product_inner_groups", "nn p nn pnn pnn p p"),
+            )
+        )
+        self._room = int(compiled.product_scratch_floats())
+        self._kept = threading.local()
+
+    def __call__(self, a_RK: Tensor, b_KN: Tensor, total_RN: Tensor | None = None) -> Tensor:
+        """``a @ b``, [R, N]; with ``total``, contiguous, added to it."""
+        a_RK, b_KN = _stepping(a_RK), _stepping(b_KN)
+        (rows, inputs), outputs = a_RK.shape, b_KN.shape[1]
+        out_RN = a_RK.new_empty(rows, outputs) if total_RN is None else total_RN
+        operands = (a_RK.data_ptr(), *a_RK.stride(), b_KN.data_ptr(), *b_KN.stride(), out_RN.data_ptr(), outputs)
+        add = int(total_RN is not None)
+        share_out(rows, LEAST_ROWS, lambda x, y: self._one(x, y, outputs, inputs, *operands, add, self._scratch()))
+        return out_RN
+
+    def batch(self, a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor, *, add: bool = False) -> Tensor:
+        """``a @ b`` of every pair into ``out``, whose rows are contiguous each, or added to it."""
+        a_BRK, b_BKN = _stepping(a_BRK), _stepping(b_BKN)
+        (count, rows, inputs), outputs = a_BRK.shape, b_BKN.shape[2]
+        read = (a_BRK.data_ptr(), *a_BRK.stride(), b_BKN.data_ptr(), *b_BKN.stride())
+        made = (out_BRN.data_ptr(), *out_BRN.stride()[:2], int(add))
+        share_out(count, 1, lambda x, y: self._batches(x, y, rows, outputs, inputs, *read, *made, self._scratch()))
+        return out_BRN
+
+    def groups(self, a_RK: Tensor, b_GKN: Tensor, ends_G: Tensor) -> Tensor:
+        """Each group of rows with its own matrix, [R, N]; ``ends``: int32 on the CPU."""
+        a_RK, b_GKN, ends_G = _stepping(a_RK), _stepping(b_GKN), ends_G.contiguous()
+        (rows, inputs), outputs = a_RK.shape, b_GKN.shape[2]
+        out_RN = a_RK.new_empty(rows, outputs)
+        operands = (a_RK.data_ptr(), *a_RK.stride(), b_GKN.data_ptr(), *b_GKN.stride(), out_RN.data_ptr(), outputs)
+        sizes = (ends_G.data_ptr(), outputs, inputs)
+        share_out(len(ends_G), 1, lambda x, y: self._groups(x, y, *sizes, *operands, self._scratch()))
+        return out_RN
+
+    def inner_groups(self, a_RK: Tensor, b_KN: Tensor, ends_G: Tensor) -> Tensor:
+        """Sums over each group of inputs, [G, R, N]; ``ends``: int32 on the CPU."""
+        a_RK, b_KN, ends_G = _stepping(a_RK), _stepping(b_KN), ends_G.contiguous()
+        rows, outputs = a_RK.shape[0], b_KN.shape[1]
+        out_GRN = a_RK.new_empty(len(ends_G), rows, outputs)
+        operands = (a_RK.data_ptr(), *a_RK.stride(), b_KN.data_ptr(), *b_KN.stride(), out_GRN.data_ptr())
+        sizes = (ends_G.data_ptr(), rows, outputs)
+        share_out(len(ends_G), 1, lambda x, y: self._inner(x, y, *sizes, *operands, self._scratch()))
+        return out_GRN
+
+    def _scratch(self) -> int:
+        """Address of this thread's own room."""
+        if not hasattr(self._kept, "room"):
+            self._kept.room = torch.empty(self._room)
+        address: int = self._kept.room.data_ptr()
+        return address
+
+
+@functools.cache
+def products() -> Products | None:
+    """The compiled functions; None where there is no compiler, they are switched off or torch's own are faster."""
+    compiled = library() if _vendor() == VENDOR else None
+    return None if compiled is None else Products(compiled)
+
+
+def _typed(compiled: ctypes.CDLL, name: str, kinds: str) -> ctypes._NamedFuncPointer:
+    function = getattr(compiled, name)
+    function.restype = None
+    function.argtypes = [c_void_p if kind == "p" else c_int64 for kind in kinds.replace(" ", "")]
+    return function
+
+
+def _stepping(matrix: Tensor) -> Tensor:
+    """The matrix itself where one of its last two steps is 1, else a copy."""
+    return matrix if 1 in matrix.stride()[-2:] and 0 not in matrix.stride() else matrix.contiguous()
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

@@ -1,0 +1,117 @@
+"""Matrix products of training: compiled where torch's library leaves the processor idle (docs/decisions), else torch's.
+
+Forward and backward, with and without a graph, take the same way, so values and gradients have the same bits.
+"""
+
+# R rows, K inputs, N outputs, G groups
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from omni_ray.models.native.products import Products, products
+
+
+def _compiled(*operands: Tensor) -> Products | None:
+    """The compiled products where they take these operands.
+
+    A dispatch mode (a counter of FLOPs, fake tensors) and a subclass of tensors must see torch's own operations.
+    """
+    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN for x in operands)
+    return products() if fits and torch._C._len_torch_dispatch_stack() == 0 else None
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def product(a_RK: Tensor, b_KN: Tensor) -> Tensor:
+    """``a @ b`` without a graph; either may be transposed.  [R, K], [K, N] -> [R, N]."""
+    compiled = _compiled(a_RK, b_KN)
+    return a_RK @ b_KN if compiled is None else compiled(a_RK, b_KN)
+
+
+def add_product(total_RN: Tensor, a_RK: Tensor, b_KN: Tensor) -> None:
+    """``total += a @ b`` in place, without a graph; ``total`` is contiguous."""
+    compiled = _compiled(total_RN, a_RK, b_KN)
+    if compiled is None:
+        total_RN.addmm_(a_RK, b_KN)
+    else:
+        compiled(a_RK, b_KN, total_RN)
+
+
+def batched_product(a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor | None = None, *, add: bool = False) -> Tensor:
+    """``a @ b`` of every pair without a graph, [B, R, N].
+
+    Args:
+        a_BRK: [B, R, K].  b_BKN: [B, K, N].
+        out_BRN: Written to where given; its last dimension is contiguous.
+        add: Add to ``out`` instead.
+    """
+    compiled = _compiled(a_BRK, b_BKN)
+    if compiled is not None:
+        out = a_BRK.new_empty(*a_BRK.shape[:2], b_BKN.shape[2]) if out_BRN is None else out_BRN
+        return compiled.batch(a_BRK, b_BKN, out, add=add)
+    if out_BRN is None:
+        return torch.bmm(a_BRK, b_BKN)
+    return out_BRN.baddbmm_(a_BRK, b_BKN) if add else out_BRN.copy_(torch.bmm(a_BRK, b_BKN))
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends_G: Tensor) -> Tensor:
+    """Product of each group of rows with its own matrix (or of row groups with row groups), without a graph.
+
+    Args:
+        x: [M, A] rows sorted by group, or [A, M].
+        weight: [G, A, B], or [M, B] with [A, M] on the left.
+        ends_G: [G] int32, end of each group.
+    Returns:
+        [M, B], or [G, A, B].
+    """
+    compiled = _compiled(x, weight)
+    if compiled is not None:
+        make = compiled.inner_groups if weight.dim() == 2 else compiled.groups
+        return make(x, weight, ends_G)
+    # The CUDA kernel takes bf16 only.
+    if (x.device.type == "cpu" or x.dtype == torch.bfloat16) and _aligned(x) and _aligned(weight):
+        return F.grouped_mm(x, weight, offs=ends_G)
+    bounds = list(itertools.pairwise([0, *ends_G.cpu().tolist()]))
+    if weight.dim() == 2:
+        return torch.stack([x[:, start:end] @ weight[start:end] for start, end in bounds])
+    return torch.cat([x[start:end] @ weight[group] for group, (start, end) in enumerate(bounds)])
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, which the grouped kernel asks for in half precision."""
+    return all(stride == 1 or stride * tensor.element_size() % 16 == 0 for stride in tensor.stride())
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_NK: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x, weight_NK)
+        return product(x.flatten(0, -2), weight_NK.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        x, weight_NK = ctx.saved_tensors
+        grad_RN = grad.flatten(0, -2)
+        return (
+            product(grad_RN, weight_NK).view(x.shape) if ctx.needs_input_grad[0] else None,
+            product(grad_RN.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None,
+        )
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` over :func:`product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        if x.dim() < 2 or _compiled(x, self.weight) is None:
+            return super().forward(x)
+        out: Tensor = _Linear.apply(x, self.weight)
+        return out if self.bias is None else out + self.bias
