@@ -2,11 +2,11 @@
 
     python -m pipelines.components.codec --out codec-tiny --seed 0
 
-Stages with fixed numbers of steps: the semantic branch (CTC on spelling, then k-means), the acoustic encoder, then its
-quantiser from the latents, the 24 kHz decoder (against mel frames, then against the waveform). Each leaves its weights
-in ``OUT/stages``; the same command begun again goes on after the last finished stage. Speech comes from the
-assistant's voice and other synthetic voices, and from people where the environment variable OMNI_RAY_REAL_DATA names a
-folder.
+Stages with fixed numbers of steps: the semantic branch (CTC on spelling, then k-means), the acoustic encoder, its
+quantiser from the latents, the encoder again through the quantiser, the 24 kHz decoder (against mel frames, then
+against the waveform). Each leaves its weights in ``OUT/stages``; the same command begun again goes on after the last
+finished stage. Speech comes from the assistant's voice and other synthetic voices, and from people where the
+environment variable OMNI_RAY_REAL_DATA names a folder.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ class CodecRecipe:
 
     semantic: SemanticRecipe = field(default_factory=SemanticRecipe)
     """CTC and k-means."""
-    latents: StageRecipe = field(default_factory=lambda: StageRecipe(steps=600, batch=8, frames=16, lr=2e-3))
+    latents: StageRecipe = field(default_factory=lambda: StageRecipe(steps=2400, batch=8, frames=16, lr=2e-3))
     """Acoustic encoder; its quantiser is set from data."""
+    coded: StageRecipe = field(default_factory=lambda: StageRecipe(steps=1000, batch=8, frames=16, lr=1e-3))
+    """Acoustic encoder, through the quantiser as it was set."""
     decoder: DecoderRecipe = field(default_factory=DecoderRecipe)
     """The 24 kHz decoder on fixed codes."""
 
@@ -61,6 +63,7 @@ class CodecRecipe:
             self,
             semantic=_scaled(self.semantic, share),
             latents=_scaled(self.latents, share),
+            coded=_scaled(self.coded, share),
             decoder=replace(self.decoder, **parts),
         )
 
@@ -102,9 +105,9 @@ def train_codec(
 
     def latents() -> None:
         cropper = Cropper(clips, code_clips(codec, clips, acoustic=False), codec, seed=seed + 1)
-        train_latents(codec, cropper, recipe.latents, seed=seed + 2, log=log)
+        train_latents(codec, cropper, recipe.latents, recipe.coded, seed=seed + 2, log=log)
 
-    keeper.run("latents", recipe.latents, latents)
+    keeper.run("latents", (recipe.latents, recipe.coded), latents)
 
     def decoder() -> None:
         cropper = Cropper(clips, code_clips(codec, clips, acoustic=True), codec, seed=seed + 3)

@@ -5,9 +5,10 @@ P width of a sub-codebook, G its entries, D semantic width, S samples, T samples
 
 First the encoder learns without a quantiser, judged by mel frames read out of its latents, once directly and once
 behind the decoder's front: far cheaper than going through the upsampler, and the gradient is good from the first step.
-Then every level of the quantiser is set from the latents that occur (principal axes, k-means), and encoder and
-quantiser are frozen, as the report's stage 2 takes them. A quantiser trained by gradient, from a random start, gave
-acoustic codebooks that said no more than the semantic one.
+Then every level of the quantiser is set from the latents that occur (principal axes, k-means), and encoder and front
+go on learning through these fixed codebooks, levels left out at random: latents move to where little is lost. Then all
+is frozen, as the report's stage 2 takes it. A quantiser trained by gradient gave acoustic codebooks that said no more
+than the semantic one (from a random start) or diverged (from a fitted one); fitting it anew undid what was learnt.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from omni_ray.models.audio_tokenizer import AcousticEncoder
 from omni_ray.models.codec import Codec
 from omni_ray.models.codec_blocks import BRANCH_GAIN, ResidualUnit
 from omni_ray.models.quantizer import Quantizer
-from pipelines.components.codec_stages import Cropper, Cut, StageRecipe, front_end, optimise
+from pipelines.components.codec_stages import Cropper, Cut, StageRecipe, dropped_levels, front_end, optimise
 
 FBANK_PER_FRAME = 6
 SCALE_SHARE = 0.02
 """Weight of the latents' mean square: nothing else holds their scale, and the look-up by cosine does not feel it."""
+NEAR_SHARE = 0.2
+"""Weight of the distance from latents to what the codebooks make of them."""
 START_CROPS, FIT_CROPS = 32, 384
 """Crops that set the first scales, and crops that set the codebooks."""
 KMEANS_ROUNDS = 20
@@ -65,26 +68,38 @@ class MelReadout(nn.Module):
 
 
 def train_latents(
-    codec: Codec, cropper: Cropper, recipe: StageRecipe, *, seed: int, log: Callable[[str], None]
+    codec: Codec, cropper: Cropper, recipe: StageRecipe, coded: StageRecipe, *, seed: int, log: Callable[[str], None]
 ) -> None:
-    """Acoustic encoder and the decoder's front against mel frames, then the quantiser from the latents."""
+    """Acoustic encoder and decoder's front against mel frames, then the quantiser from the latents, then ``coded``."""
     readout = MelReadout(codec)
     trained = [codec.acoustic, codec.decoder.semantic, codec.decoder.glstm, codec.decoder.conv_in, readout]
     with torch.no_grad():
         unit_start(codec.acoustic, cropper.draw(START_CROPS, recipe.frames).input_BS.unsqueeze(1))
 
-    def loss_of(step: int) -> Tensor:
+    def free(step: int) -> Tensor:
         cut = cropper.draw(recipe.batch, recipe.frames)
         latents_BZN = codec.acoustic(cut.input_BS.unsqueeze(1))
         far = readout(cut.codes_BNK[..., 0], latents_BZN, readout.target(cut.input_BS))
         return far + SCALE_SHARE * latents_BZN.square().mean()
 
-    optimise("latents", [weight for part in trained for weight in part.parameters()], recipe, loss_of, log)
+    weights = [weight for part in trained for weight in part.parameters()]
+    optimise("latents", weights, recipe, free, log)
     chance = torch.Generator().manual_seed(seed)
     shares = fit_quantizer(codec.quantizer, _latents(codec, cropper, recipe.frames), chance)
     log(
         f"quantiser set from data; share of the variance left after each level: {[round(share, 3) for share in shares]}"
     )
+
+    def through_codebooks(step: int) -> Tensor:
+        cut = cropper.draw(coded.batch, coded.frames)
+        latents_BZN = codec.acoustic(cut.input_BS.unsqueeze(1))
+        levels_B = dropped_levels(coded.batch, len(codec.quantizer.levels), chance)
+        made_BZN = codec.quantizer(latents_BZN, levels_B).values_BZT
+        far = readout(cut.codes_BNK[..., 0], made_BZN, readout.target(cut.input_BS))
+        near = (latents_BZN - made_BZN.detach()).square().mean()
+        return far + NEAR_SHARE * near + SCALE_SHARE * latents_BZN.square().mean()
+
+    optimise("coded", weights, coded, through_codebooks, log)
 
 
 @torch.no_grad()
