@@ -23,7 +23,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ce_R = hidden_RH.new_empty(len(labels_R), dtype=wide)
         grad_hidden = torch.empty_like(hidden_RH) if wants_hidden else None
         # Added up over the chunks in fp32, whatever the dtype of the products.
-        grad_weight = torch.zeros_like(weight_VH, dtype=wide) if wants_weight else None
+        grad_weight = weight_VH.new_zeros(weight_VH.shape, dtype=wide) if wants_weight else None
         for start in range(0, len(labels_R), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             hidden, label_C1, factor_C1 = hidden_RH[part], labels_R[part, None], factor_R[part, None].to(wide)

@@ -20,10 +20,11 @@ from omni_ray.models.native.products import Products, products
 def _compiled(*operands: Tensor) -> Products | None:
     """The compiled products where they take these operands.
 
-    A dispatch mode (a counter of FLOPs, fake tensors) and a subclass of tensors must see torch's own operations.
+    A dispatch mode (a counter of FLOPs, fake tensors), autocast and subclasses of tensors must see torch's operations.
     """
     fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN for x in operands)
-    return products() if fits and torch._C._len_torch_dispatch_stack() == 0 else None
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
+    return products() if fits and not watched else None
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -58,7 +59,11 @@ def batched_product(a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor | None = None,
         return compiled.batch(a_BRK, b_BKN, out, add=add)
     if out_BRN is None:
         return torch.bmm(a_BRK, b_BKN)
-    return out_BRN.baddbmm_(a_BRK, b_BKN) if add else out_BRN.copy_(torch.bmm(a_BRK, b_BKN))
+    if add:
+        return out_BRN.baddbmm_(a_BRK, b_BKN)
+    if out_BRN.is_contiguous():
+        return torch.bmm(a_BRK, b_BKN, out=out_BRN)
+    return out_BRN.copy_(torch.bmm(a_BRK, b_BKN))
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends_G: Tensor) -> Tensor:
@@ -91,18 +96,18 @@ def _aligned(tensor: Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight_NK: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(x, weight_NK)
-        return product(x.flatten(0, -2), weight_NK.t()).unflatten(0, x.shape[:-1])
+    def forward(ctx, x_RK: Tensor, weight_NK: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        of_x, of_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x_RK if of_weight else None, weight_NK if of_x else None)
+        return product(x_RK, weight_NK.t())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
-        x, weight_NK = ctx.saved_tensors
-        grad_RN = grad.flatten(0, -2)
+    def backward(ctx, grad_RN: Tensor):  # type: ignore[no-untyped-def, override]
+        x_RK, weight_NK = ctx.saved_tensors
         return (
-            product(grad_RN, weight_NK).view(x.shape) if ctx.needs_input_grad[0] else None,
-            product(grad_RN.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None,
+            None if weight_NK is None else product(grad_RN, weight_NK),
+            None if x_RK is None else product(grad_RN.t(), x_RK),
         )
 
 
@@ -113,5 +118,6 @@ class Linear(nn.Linear):
         """[..., K] -> [..., N]."""
         if x.dim() < 2 or _compiled(x, self.weight) is None:
             return super().forward(x)
-        out: Tensor = _Linear.apply(x, self.weight)
+        out: Tensor = _Linear.apply(x if x.dim() == 2 else x.flatten(0, -2), self.weight)
+        out = out if x.dim() == 2 else out.unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -23,8 +24,10 @@ READY_TIMEOUT_S = 5.0
 FREE_TIMEOUT_S = 30.0
 AGAIN = 16
 """Part of the patience that a stage is given which was silent before."""
-DIRECT = frozenset({"ready", "hear", "extend", "say"})
-"""Calls that go from process to process; the others pass Ray's object store, which keeps large values and streams."""
+MOST_BYTES = 1 << 20
+"""A call that carries more, there or back, passes Ray's object store; Serve's gRPC takes 4 MiB a message."""
+HEARD_BYTES_PER_BYTE, SAID_BYTES_PER_FRAME = 8, 8192
+"""Not less than comes back for sound (12.5 rows a second of the widest model) and for a codec frame of 60 ms."""
 
 
 class ServeStages:
@@ -36,10 +39,12 @@ class ServeStages:
 
     def __init__(self, patience_s: float = 3.0, **stages: DeploymentHandle) -> None:
         """``patience_s``: longest time without a sign of life from a stage; then what was asked of it has failed."""
+        # Ray keeps its own channels off a proxy for HTTP; Serve's would take one that the environment names.
+        os.environ.setdefault("grpc_proxy", "")
         self._stages, self._patience_s = stages, patience_s
         self._silent: set[str] = set()
         """Stages that gave no sign of life when they were last asked: nobody waits long for them once more."""
-        self._sticky: dict[str, dict[tuple[str, str], Any]] = {}
+        self._sticky: dict[str, dict[tuple[str, str, bool], Any]] = {}
         self._freeing: set[asyncio.Task[None]] = set()
         self._split = Split(self) if "prefill" in stages else None
         self.on_handover: Callable[[Handover], None] = lambda handed: None
@@ -53,7 +58,8 @@ class ServeStages:
 
     async def hear(self, session: str, turn: int, packet: int, wave_S: NDArray[np.float32], final: bool) -> Any:
         """See the protocol."""
-        response = self._handle("audio", "hear", session).remote(session, turn, packet, wave_S, final)
+        hear = self._handle("audio", "hear", session, HEARD_BYTES_PER_BYTE * wave_S.nbytes)
+        response = hear.remote(session, turn, packet, wave_S, final)
         return await self._watched("audio", response, session)
 
     async def extend(self, session: str, at: int, rows: Rows) -> None:
@@ -61,7 +67,8 @@ class ServeStages:
         if self._split is not None:
             await self._split.extend(session, at, rows)
             return
-        await self._watched("language", self._handle("language", "extend", session).remote(session, at, rows), session)
+        extend = self._handle("language", "extend", session, rows.nbytes)
+        await self._watched("language", extend.remote(session, at, rows), session)
 
     def answer(self, session: str, at: int, rows: Rows, options: AnswerOptions) -> AsyncIterator[AnswerRows]:
         """See the protocol."""
@@ -71,7 +78,8 @@ class ServeStages:
 
     async def read(self, session: str, at: int, rows: Rows) -> None:
         """See :class:`pipelines.serving.split.Ends`."""
-        await self._watched("prefill", self._handle("prefill", "extend", session).remote(session, at, rows), session)
+        extend = self._handle("prefill", "extend", session, rows.nbytes)
+        await self._watched("prefill", extend.remote(session, at, rows), session)
 
     def part(self, end: End, session: str, start: int, stop: int) -> Any:
         """See :class:`pipelines.serving.split.Ends`; a response that Serve hands to the other replica unopened."""
@@ -103,12 +111,13 @@ class ServeStages:
 
     async def say(self, session: str, answer: int, first: int, codes_N4: NDArray[np.int64], final: bool) -> Any:
         """See the protocol."""
-        response = self._handle("speech", "say", session).remote(session, answer, first, codes_N4, final)
+        say = self._handle("speech", "say", session, SAID_BYTES_PER_FRAME * len(codes_N4))
+        response = say.remote(session, answer, first, codes_N4, final)
         return await self._watched("speech", response, session)
 
     def forget(self, session: str) -> None:
         """See the protocol."""
-        used = {stage for stage, _ in self._sticky.get(session, {})}
+        used = {stage for stage, *_ in self._sticky.get(session, {})}
         for stage in used:
             task = asyncio.create_task(self._free(stage, session))
             self._freeing.add(task)
@@ -122,11 +131,13 @@ class ServeStages:
         answers = await asyncio.gather(*(self._answers(name, "", READY_TIMEOUT_S) for name in self._stages))
         return dict(zip(self._stages, answers, strict=True))
 
-    def _handle(self, stage: str, method: str, session: str) -> Any:
-        mine = self._sticky.setdefault(session, {})
-        if (stage, method) not in mine:
-            mine[stage, method] = bound(self._stages[stage], method, session, stream=method in ("answer", "make"))
-        return mine[stage, method]
+    def _handle(self, stage: str, method: str, session: str, carries: int = MOST_BYTES + 1) -> Any:
+        """Of one method, for a call that carries so many bytes; those that are streamed or handed on give none."""
+        mine, direct = self._sticky.setdefault(session, {}), carries <= MOST_BYTES
+        if (stage, method, direct) not in mine:
+            stream = method in ("answer", "make")
+            mine[stage, method, direct] = bound(self._stages[stage], method, session, stream=stream, direct=direct)
+        return mine[stage, method, direct]
 
     async def _free(self, stage: str, session: str) -> None:
         """Every replica is told: when replicas come or go, a name moves, and the former holder still holds it."""
@@ -184,19 +195,21 @@ class ServeStages:
         """Whether the replica that has this session answers in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                await _awaited(bound(self._stages[name], "ready", session).remote())
+                await _awaited(bound(self._stages[name], "ready", session, direct=True).remote())
         except Exception:
             return False
         return True
 
 
-def bound(stage: DeploymentHandle, method: str, session: str = "", *, stream: bool = False) -> Any:
+def bound(
+    stage: DeploymentHandle, method: str, session: str = "", *, stream: bool = False, direct: bool = False
+) -> Any:
     """The handle for one method of a stage; with a session's name, of the replica that has it.
 
-    What is small goes by Serve's gRPC between replicas, which takes two thirds of the time of an actor call.
+    ``direct``: by Serve's gRPC between replicas, which takes two thirds of the time of an actor call.
     """
     chosen = {"session_id": session} if session else {}
-    return stage.options(method_name=method, stream=stream, _by_reference=method not in DIRECT, **chosen)  # type: ignore[arg-type]
+    return stage.options(method_name=method, stream=stream, _by_reference=not direct, **chosen)  # type: ignore[arg-type]
 
 
 def failure(name: str, error: BaseException) -> Exception:

@@ -32,6 +32,11 @@ class Rows:
     def __len__(self) -> int:
         return int(self.ids_T5.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of ids and features."""
+        return int(self.ids_T5.nbytes) + sum(int(values_ND.nbytes) for _, values_ND in self.features)
+
     def since(self, start: int) -> Rows:
         """The rows from ``start`` on; a feature span may be cut."""
         if start == 0:

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import c_float, c_int64, c_void_p
 
 import torch
@@ -100,7 +100,9 @@ def share_out(count: int, least: int, work: Callable[[int, int], None]) -> None:
         work(0, count)
         return
     ends = [count * share // shares for share in range(shares + 1)]
-    for done in [_threads(shares).submit(work, a, b) for a, b in itertools.pairwise(ends)]:
+    begun = [_threads(shares).submit(work, a, b) for a, b in itertools.pairwise(ends)]
+    wait(begun)  # all of them: the operands must live until nobody reads them any more
+    for done in begun:
         done.result()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from omni_ray.models.native.library import library
 from omni_ray.models.native.passes import LEAST_ROWS, share_out
 
+_BYTES = 4
 VENDOR = "AuthenticAMD"
 """MKL, which torch takes, leaves a sixth of the peak of these processors unused; elsewhere it does not."""
 
@@ -41,15 +42,28 @@ class Products:
         a_RK, b_KN = _stepping(a_RK), _stepping(b_KN)
         (rows, inputs), outputs = a_RK.shape, b_KN.shape[1]
         out_RN = a_RK.new_empty(rows, outputs) if total_RN is None else total_RN
-        operands = (a_RK.data_ptr(), *a_RK.stride(), b_KN.data_ptr(), *b_KN.stride(), out_RN.data_ptr(), outputs)
-        add = int(total_RN is not None)
-        share_out(rows, LEAST_ROWS, lambda x, y: self._one(x, y, outputs, inputs, *operands, add, self._scratch()))
+        _fit(b_KN.shape[0] == inputs and out_RN.shape == (rows, outputs) and out_RN.is_contiguous(), a_RK, b_KN, out_RN)
+        read, right, made = (a_RK.data_ptr(), *a_RK.stride()), b_KN.stride(1), out_RN.data_ptr()
+        rest = (outputs, int(total_RN is not None))
+
+        def of_rows(first: int, end: int) -> None:
+            operands = (*read, b_KN.data_ptr(), *b_KN.stride(), made, *rest)
+            self._one(first, end, outputs, inputs, *operands, self._scratch())
+
+        def of_columns(first: int, end: int) -> None:
+            operands = (*read, b_KN.data_ptr() + _BYTES * first * right, *b_KN.stride(), made + _BYTES * first, *rest)
+            self._one(0, rows, end - first, inputs, *operands, self._scratch())
+
+        # Each thread copies the columns that it needs: few of them, where there are few rows to pay for it.
+        share_out(max(rows, outputs), LEAST_ROWS, of_rows if rows >= outputs else of_columns)
         return out_RN
 
     def batch(self, a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor, *, add: bool = False) -> Tensor:
         """``a @ b`` of every pair into ``out``, whose rows are contiguous each, or added to it."""
         a_BRK, b_BKN = _stepping(a_BRK), _stepping(b_BKN)
         (count, rows, inputs), outputs = a_BRK.shape, b_BKN.shape[2]
+        _fit(b_BKN.shape[:2] == (count, inputs) and out_BRN.shape == (count, rows, outputs), a_BRK, b_BKN, out_BRN)
+        _fit(outputs < 2 or out_BRN.stride(2) == 1, out_BRN)
         read = (a_BRK.data_ptr(), *a_BRK.stride(), b_BKN.data_ptr(), *b_BKN.stride())
         made = (out_BRN.data_ptr(), *out_BRN.stride()[:2], int(add))
         share_out(count, 1, lambda x, y: self._batches(x, y, rows, outputs, inputs, *read, *made, self._scratch()))
@@ -59,6 +73,7 @@ class Products:
         """Each group of rows with its own matrix, [R, N]; ``ends``: int32 on the CPU."""
         a_RK, b_GKN, ends_G = _stepping(a_RK), _stepping(b_GKN), ends_G.contiguous()
         (rows, inputs), outputs = a_RK.shape, b_GKN.shape[2]
+        _fit(b_GKN.shape[:2] == (len(ends_G), inputs) and _ends_at(ends_G, rows), a_RK, b_GKN, ends_G)
         out_RN = a_RK.new_empty(rows, outputs)
         operands = (a_RK.data_ptr(), *a_RK.stride(), b_GKN.data_ptr(), *b_GKN.stride(), out_RN.data_ptr(), outputs)
         sizes = (ends_G.data_ptr(), outputs, inputs)
@@ -69,6 +84,7 @@ class Products:
         """Sums over each group of inputs, [G, R, N]; ``ends``: int32 on the CPU."""
         a_RK, b_KN, ends_G = _stepping(a_RK), _stepping(b_KN), ends_G.contiguous()
         rows, outputs = a_RK.shape[0], b_KN.shape[1]
+        _fit(b_KN.shape[0] == a_RK.shape[1] and _ends_at(ends_G, a_RK.shape[1]), a_RK, b_KN, ends_G)
         out_GRN = a_RK.new_empty(len(ends_G), rows, outputs)
         operands = (a_RK.data_ptr(), *a_RK.stride(), b_KN.data_ptr(), *b_KN.stride(), out_GRN.data_ptr())
         sizes = (ends_G.data_ptr(), rows, outputs)
@@ -78,7 +94,7 @@ class Products:
     def _scratch(self) -> int:
         """Address of this thread's own room."""
         if not hasattr(self._kept, "room"):
-            self._kept.room = torch.empty(self._room)
+            self._kept.room = torch.empty(self._room, dtype=torch.float32, device="cpu")
         address: int = self._kept.room.data_ptr()
         return address
 
@@ -95,6 +111,22 @@ def _typed(compiled: ctypes.CDLL, name: str, kinds: str) -> ctypes._NamedFuncPoi
     function.restype = None
     function.argtypes = [c_void_p if kind == "p" else c_int64 for kind in kinds.replace(" ", "")]
     return function
+
+
+def _fit(fits: bool, *operands: Tensor) -> None:
+    """Compiled code trusts its sizes.
+
+    Raises:
+        RuntimeError: as torch's own products do, where shapes do not fit.
+    """
+    if not fits:
+        shapes = " and ".join(f"{list(x.shape)} (steps {list(x.stride())})" for x in operands)
+        raise RuntimeError(f"matrices cannot be multiplied: {shapes}")
+
+
+def _ends_at(ends_G: Tensor, rows: int) -> bool:
+    ends = ends_G.tolist()
+    return ends_G.dtype == torch.int32 and ends == sorted(ends) and (not ends or (ends[0] >= 0 and ends[-1] == rows))
 
 
 def _stepping(matrix: Tensor) -> Tensor:

@@ -138,6 +138,34 @@ def test_linear_and_its_gradients_equal_torchs(shape: tuple[int, ...], bias: boo
         assert torch.equal(mine(x), made[0][0]), "the same bits with and without a graph"
 
 
+def test_shapes_that_do_not_fit_are_refused(compiled: Products) -> None:
+    ends = torch.tensor([2, 4], dtype=torch.int32)
+    for wrong in (
+        lambda: Linear(24, 40)(torch.randn(4, 100)),
+        lambda: product(torch.randn(4, 8), torch.randn(7, 4)),
+        lambda: add_product(torch.randn(4, 5), torch.randn(4, 8), torch.randn(8, 4)),
+        lambda: add_product(torch.randn(4, 4).t(), torch.randn(4, 8), torch.randn(8, 4)),
+        lambda: batched_product(torch.randn(2, 4, 8), torch.randn(3, 8, 4)),
+        lambda: batched_product(torch.randn(2, 4, 8), torch.randn(2, 8, 4), torch.randn(2, 4, 4).transpose(1, 2)),
+        lambda: grouped_product(torch.randn(5, 8), torch.randn(2, 8, 4), ends),
+        lambda: grouped_product(torch.randn(4, 8), torch.randn(2, 8, 4), ends.flip(0)),
+        lambda: grouped_product(torch.randn(8, 4), torch.randn(5, 4), ends),
+    ):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            wrong()
+
+
+def test_a_frozen_weight_keeps_no_input_and_outputs_may_be_changed_in_place() -> None:
+    layer, kept = Linear(24, 40, bias=False), []
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 3, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = layer(x[0])
+    assert [t.data_ptr() for t in kept] == [layer.weight.data_ptr()]
+    out.mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad[0], 2 * layer.weight.sum(dim=0).expand(3, 24))  # type: ignore[index]
+
+
 def test_other_dtypes_modes_and_subclasses_keep_torchs_operations(compiled: Products) -> None:
     class Marked(Tensor):
         pass
@@ -147,6 +175,8 @@ def test_other_dtypes_modes_and_subclasses_keep_torchs_operations(compiled: Prod
     assert chosen._compiled(a, b.double()) is None
     assert chosen._compiled(a.bfloat16(), b.bfloat16()) is None
     assert chosen._compiled(a.as_subclass(Marked), b) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen._compiled(a, b) is None
     with FlopCounterMode(display=False) as counter:
         product(a, b)
     assert counter.get_total_flops() == 2 * 4 * 8 * 4

@@ -26,9 +26,10 @@ class Handle:
 
     def __init__(self, work: Work, alive: bool = True) -> None:
         self.work, self.alive, self.probes = work, alive, 0
+        self.ways: list[tuple[str, bool]] = []
 
     def options(self, *, method_name: str, stream: bool, _by_reference: bool, session_id: str = "") -> Any:
-        assert _by_reference is (method_name not in ("ready", "hear", "extend", "say"))
+        self.ways.append((method_name, _by_reference))
         return Method(self, method_name, stream)
 
     @property
@@ -167,3 +168,24 @@ def test_a_caller_that_is_cancelled_ends_as_cancelled(call: str) -> None:
             await asking
 
     asyncio.run(main())
+
+
+async def done() -> None:
+    pass
+
+
+def test_small_calls_go_direct_and_large_ones_through_the_object_store() -> None:
+    stages, handle = stages_of(done)
+    long_rows = Rows(ids_T5=NOTHING.ids_T5, features=((0, np.zeros((400, 1000), np.float32)),))
+
+    async def main() -> None:
+        await stages.extend("a", 0, NOTHING)
+        await stages.extend("a", 0, long_rows)
+        for frames in (1, 400):
+            await stages.say("a", 0, 0, np.zeros((frames, 4), np.int64), False)
+        for seconds in (1, 20):
+            await stages.hear("a", 0, 0, np.zeros(16000 * seconds, np.float32), False)
+        await stages.encode(Modality.VISION, [])
+
+    asyncio.run(main())
+    assert handle.ways == [(name, large) for name in ("extend", "say", "hear") for large in (False, True)]
