@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -189,3 +190,12 @@ def test_small_calls_go_direct_and_large_ones_through_the_object_store() -> None
 
     asyncio.run(main())
     assert handle.ways == [(name, large) for name in ("extend", "say", "hear") for large in (False, True)]
+
+
+def test_an_http_proxy_in_the_environment_is_not_asked_for_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("grpc_proxy", raising=False)
+    stages_of(done)
+    assert os.environ["grpc_proxy"] == "", "gRPC reads http_proxy where this is not set"
+    monkeypatch.setenv("grpc_proxy", "http://chosen:1")
+    stages_of(done)
+    assert os.environ["grpc_proxy"] == "http://chosen:1"
