@@ -82,7 +82,7 @@ def short_recipe(**changes: Any) -> SpeechRecipe:
         "pretrain": {"targets": {"codes": 16, "mask_share": 0.2, "mask_s": 0.12}, "train": phase},
         "ctc": {"train": phase},
         "kmeans": {"rounds": 3, "rows": 64},
-        "encoder": {"latents": phase, "wave": against, "encoder_lr_share": 0.1},
+        "encoder": {"latents": phase, "coded": phase, "wave": against, "encoder_lr_share": 0.1},
         "decoder": {"mel": phase, "wave": phase, "polish": against, "weights": {"frame": 4.5}},
         "speaker": {"speakers": ["voice-1"], "polish": phase},
     }

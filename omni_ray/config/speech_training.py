@@ -132,10 +132,12 @@ class EncoderStage(Checked):
 
     latents: PhaseConfig
     """The encoder against mel frames, before there is a quantiser (docs/decisions/0014)."""
+    coded: PhaseConfig
+    """The encoder on, through the quantiser that was set from its latents; 0 steps leave it as it was."""
     wave: PhaseConfig
     """The 16 kHz decoder on quantised latents, mel first, then discriminators."""
     encoder_lr_share: NonNegativeFloat = 0.0
-    """The encoder's and quantiser's share of the wave phase's rate; 0 keeps them as the latents phase left them."""
+    """The encoder's and quantiser's share of the wave phase's rate; 0 keeps them as the phases before left them."""
     weights: LossWeights = Field(default_factory=LossWeights)
 
 
@@ -187,7 +189,7 @@ class SpeechRecipe(Checked):
             "semantic-pretrain": {"pretrain": self.pretrain.train},
             "semantic-ctc": {"ctc": self.ctc.train},
             "kmeans": {},
-            "1": {"latents": self.encoder.latents, "wave16": self.encoder.wave},
+            "1": {"latents": self.encoder.latents, "coded": self.encoder.coded, "wave16": self.encoder.wave},
             "2": {"mel": self.decoder.mel, "wave": self.decoder.wave, "polish": self.decoder.polish},
             "3": {"speaker": self.speaker.polish},
         }

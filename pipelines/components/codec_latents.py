@@ -77,10 +77,7 @@ def train_latents(
         unit_start(codec.acoustic, cropper.draw(START_CROPS, recipe.frames).input_BS.unsqueeze(1))
 
     def free(step: int) -> Tensor:
-        cut = cropper.draw(recipe.batch, recipe.frames)
-        latents_BZN = codec.acoustic(cut.input_BS.unsqueeze(1))
-        far = readout(cut.codes_BNK[..., 0], latents_BZN, readout.target(cut.input_BS))
-        return far + SCALE_SHARE * latents_BZN.square().mean()
+        return torch.stack([*readout_terms(codec, readout, cropper.draw(recipe.batch, recipe.frames)).values()]).sum()
 
     weights = [weight for part in trained for weight in part.parameters()]
     optimise("latents", weights, recipe, free, log)
@@ -92,14 +89,24 @@ def train_latents(
 
     def through_codebooks(step: int) -> Tensor:
         cut = cropper.draw(coded.batch, coded.frames)
-        latents_BZN = codec.acoustic(cut.input_BS.unsqueeze(1))
         levels_B = dropped_levels(coded.batch, len(codec.quantizer.levels), chance)
-        made_BZN = codec.quantizer(latents_BZN, levels_B).values_BZT
-        far = readout(cut.codes_BNK[..., 0], made_BZN, readout.target(cut.input_BS))
-        near = (latents_BZN - made_BZN.detach()).square().mean()
-        return far + NEAR_SHARE * near + SCALE_SHARE * latents_BZN.square().mean()
+        return torch.stack([*readout_terms(codec, readout, cut, levels_B).values()]).sum()
 
     optimise("coded", weights, coded, through_codebooks, log)
+
+
+def readout_terms(codec: Codec, readout: MelReadout, cut: Cut, levels_B: Tensor | None = None) -> dict[str, Tensor]:
+    """Both read-outs' distance, a little of the latents' size, and how far the codebooks move them.
+
+    Args:
+        levels_B: Levels of the quantiser that each crop may use; None leaves the quantiser out.
+    """
+    latents_BZN = codec.acoustic(cut.input_BS.unsqueeze(1))
+    read_BZN = latents_BZN if levels_B is None else codec.quantizer(latents_BZN, levels_B).values_BZT
+    terms = {"mel": readout(cut.codes_BNK[..., 0], read_BZN, readout.target(cut.input_BS))}
+    if levels_B is not None:
+        terms["near"] = NEAR_SHARE * (latents_BZN - read_BZN.detach()).square().mean()
+    return {**terms, "size": SCALE_SHARE * latents_BZN.square().mean()}
 
 
 @torch.no_grad()

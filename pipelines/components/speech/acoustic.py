@@ -24,10 +24,10 @@ from omni_ray.training.adversarial import discriminator_loss, feature_loss, gene
 from pipelines.components.codec_decoder import MEL_BINS, FrameMel, WaveLoss
 from pipelines.components.codec_latents import (
     FIT_CROPS,
-    SCALE_SHARE,
     START_CROPS,
     MelReadout,
     fit_quantizer,
+    readout_terms,
     unit_start,
 )
 from pipelines.components.codec_material import Clip
@@ -140,30 +140,32 @@ class AcousticObjective:
 
 
 class Latents(AcousticObjective):
-    """Stage 1, first: acoustic encoder and the decoder's front against mel frames; then the quantiser from data."""
+    """Stage 1, first: acoustic encoder and decoder's front against mel frames, then the quantiser from data."""
 
-    def __init__(self, codec: Codec, cropper: Cropper, stage: EncoderStage, *, seed: int) -> None:
-        super().__init__(codec, cropper, stage.latents, stage.weights)
-        self.seed = seed
+    def __init__(self, codec: Codec, cropper: Cropper, stage: EncoderStage, *, seed: int, coded: bool = False) -> None:
+        """``coded``: the phase after it, through the quantiser as it was set; its read-out begins anew."""
+        super().__init__(codec, cropper, stage.coded if coded else stage.latents, stage.weights)
+        self.seed, self.coded = seed, coded
         self.readout = MelReadout(codec)
         trained = [codec.acoustic, codec.decoder.semantic, codec.decoder.glstm, codec.decoder.conv_in, self.readout]
         self.modules["readout"] = self.readout
         self.players["generator"] = weights_of(trained)
-        with torch.no_grad():
+        if not coded:
             cropper.chance = step_chance(seed, "unit start", 0)
             unit_start(codec.acoustic, cropper.draw(START_CROPS, self.config.frames).input_BS.unsqueeze(1))
 
     def losses(self, player: str, batch: Crops, part: int, step: int) -> dict[str, Tensor]:
-        """Both read-outs, and a little of the latents' size."""
-        cut = batch.part(part, self.config.parts).cut
-        latents_BZN = self.codec.acoustic(cut.input_BS.unsqueeze(1))
-        far = self.readout(cut.codes_BNK[..., 0], latents_BZN, self.readout.target(cut.input_BS))
-        size = SCALE_SHARE * latents_BZN.square().mean()
-        return {name: term / self.config.parts for name, term in ((TOTAL, far + size), ("mel", far), ("size", size))}
+        """See :func:`readout_terms`."""
+        mine = batch.part(part, self.config.parts)
+        terms = readout_terms(self.codec, self.readout, mine.cut, mine.levels_B if self.coded else None)
+        told = {name: term / self.config.parts for name, term in terms.items()}
+        return {TOTAL: torch.stack([*told.values()]).sum(), **told}
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Set every level of the quantiser from the latents that occur."""
+        """Set every level of the quantiser from the latents that occur, before the coded phase."""
+        if self.coded:
+            return
         self.cropper.chance = step_chance(self.seed, "fit crops", 0)
         cuts = [self.cropper.draw(START_CROPS, self.config.frames) for _ in range(FIT_CROPS // START_CROPS)]
         latents_BZN = torch.cat([self.codec.acoustic(cut.input_BS.unsqueeze(1)) for cut in cuts])

@@ -73,6 +73,8 @@ def run_stage(run: StageRun, resume: Mapping[str, Any] | None, keep: Keep) -> di
         torch.manual_seed(int(torch.randint(0, 1 << 31, (), generator=step_chance(run.seed, name, -1))))
         objective = build_objective(run, name)
         run.codec.train()
+        # What a phase before sent through weights that were not its own to train.
+        run.codec.zero_grad(set_to_none=True)
         run_phase(name, objective, run.group, state, seed=run.seed, keep=_named(keep, name))
         left |= checked_modules(objective.modules)
     run.codec.eval()
@@ -95,8 +97,9 @@ def build_objective(run: StageRun, name: str) -> Objective:
         return Pretraining(codec, run.clips, recipe.pretrain, seed=run.seed)
     if name == "ctc":
         return Ctc(codec, run.clips, recipe.ctc)
-    if name == "latents":
-        return Latents(codec, _cropper(run, run.clips, acoustic=False), recipe.encoder, seed=run.seed)
+    if name in ("latents", "coded"):
+        cropper = _cropper(run, run.clips, acoustic=False)
+        return Latents(codec, cropper, recipe.encoder, seed=run.seed, coded=name == "coded")
     if name == "wave16":
         decoder = AudioDecoder(codec.config, codec.config.sample_rate_hz)
         return Wave16(codec, _cropper(run, run.clips, acoustic=False), recipe.encoder, decoder)

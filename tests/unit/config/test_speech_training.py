@@ -18,7 +18,7 @@ def test_every_stage_of_the_preset_has_phases() -> None:
         ["pretrain"],
         ["ctc"],
         [],
-        ["latents", "wave16"],
+        ["latents", "coded", "wave16"],
         ["mel", "wave", "polish"],
         ["speaker"],
     ]

@@ -68,6 +68,7 @@ def test_two_workers_make_the_bits_of_one(tmp_path: Path) -> None:
         ("semantic-ctc", "ctc", 1),
         ("1", "latents", 2),
         ("1", "latents", 3),
+        ("1", "coded", 2),
         ("1", "wave16", 2),
         ("2", "wave", 2),
         ("2", "polish", 2),
