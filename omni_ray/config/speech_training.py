@@ -132,8 +132,8 @@ class EncoderStage(Checked):
 
     latents: PhaseConfig
     """The encoder against mel frames, before there is a quantiser (docs/decisions/0014)."""
-    coded: PhaseConfig
-    """The encoder on, through the quantiser that was set from its latents; 0 steps leave it as it was."""
+    coded: PhaseConfig = Field(default_factory=lambda: PhaseConfig(steps=0, batch=4))
+    """The encoder on, through the quantiser that was set from its latents; 0 steps leave it as it was (0037)."""
     wave: PhaseConfig
     """The 16 kHz decoder on quantised latents, mel first, then discriminators."""
     encoder_lr_share: NonNegativeFloat = 0.0

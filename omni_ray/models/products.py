@@ -53,7 +53,7 @@ def batched_product(a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor | None = None,
         out_BRN: Written to where given; its last dimension is contiguous.
         add: Add to ``out`` instead.
     """
-    compiled = _compiled(a_BRK, b_BKN)
+    compiled = _compiled(a_BRK, b_BKN, *([] if out_BRN is None else [out_BRN]))
     if compiled is not None:
         out = a_BRK.new_empty(*a_BRK.shape[:2], b_BKN.shape[2]) if out_BRN is None else out_BRN
         return compiled.batch(a_BRK, b_BKN, out, add=add)

@@ -4,9 +4,9 @@
 
 Stages with fixed numbers of steps: the semantic branch (CTC on spelling, then k-means), the acoustic encoder, its
 quantiser from the latents, the encoder again through the quantiser, the 24 kHz decoder (against mel frames, then
-against the waveform). Each leaves its weights in ``OUT/stages``; the same command begun again goes on after the last
-finished stage. Speech comes from the assistant's voice and other synthetic voices, and from people where the
-environment variable OMNI_RAY_REAL_DATA names a folder.
+against the waveform). Branch, encoder with quantiser, and decoder leave their weights in ``OUT/stages``; the same
+command begun again goes on after the last of these that was finished. Speech comes from the assistant's voice and
+other synthetic voices, and from people where the environment variable OMNI_RAY_REAL_DATA names a folder.
 """
 
 from __future__ import annotations

@@ -39,8 +39,6 @@ class ServeStages:
 
     def __init__(self, patience_s: float = 3.0, **stages: DeploymentHandle) -> None:
         """``patience_s``: longest time without a sign of life from a stage; then what was asked of it has failed."""
-        # Ray keeps its own channels off a proxy for HTTP; Serve's would take one that the environment names.
-        os.environ.setdefault("grpc_proxy", "")
         self._stages, self._patience_s = stages, patience_s
         self._silent: set[str] = set()
         """Stages that gave no sign of life when they were last asked: nobody waits long for them once more."""
@@ -208,6 +206,9 @@ def bound(
 
     ``direct``: by Serve's gRPC between replicas, which takes two thirds of the time of an actor call.
     """
+    if direct:
+        # Ray keeps its own channels off a proxy for HTTP; Serve's would take one that the environment names.
+        os.environ.setdefault("grpc_proxy", "")
     chosen = {"session_id": session} if session else {}
     return stage.options(method_name=method, stream=stream, _by_reference=not direct, **chosen)  # type: ignore[arg-type]
 

@@ -17,6 +17,8 @@ from omni_ray.models.native.library import library
 from omni_ray.models.native.passes import LEAST_ROWS, share_out
 
 _BYTES = 4
+LEAST_WORK = 1 << 20
+"""Sums of fewer products, about 20 microseconds, are not worth another thread."""
 VENDOR = "AuthenticAMD"
 """MKL, which torch takes, leaves a sixth of the peak of these processors unused; elsewhere it does not."""
 
@@ -55,7 +57,8 @@ class Products:
             self._one(0, rows, end - first, inputs, *operands, self._scratch())
 
         # Each thread copies the columns that it needs: few of them, where there are few rows to pay for it.
-        share_out(max(rows, outputs), LEAST_ROWS, of_rows if rows >= outputs else of_columns)
+        least = max(LEAST_ROWS, LEAST_WORK // max(1, min(rows, outputs) * inputs))
+        share_out(max(rows, outputs), least, of_rows if rows >= outputs else of_columns)
         return out_RN
 
     def batch(self, a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor, *, add: bool = False) -> Tensor:
@@ -125,8 +128,8 @@ def _fit(fits: bool, *operands: Tensor) -> None:
 
 
 def _ends_at(ends_G: Tensor, rows: int) -> bool:
-    ends = ends_G.tolist()
-    return ends_G.dtype == torch.int32 and ends == sorted(ends) and (not ends or (ends[0] >= 0 and ends[-1] == rows))
+    ends = [0, *ends_G.tolist()]
+    return ends_G.dtype == torch.int32 and ends == sorted(ends) and ends[-1] == rows
 
 
 def _stepping(matrix: Tensor) -> Tensor:

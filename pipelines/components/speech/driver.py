@@ -85,7 +85,7 @@ def prepare_folder(run: SpeechRun, log: Log) -> None:
     if kept.is_file():
         if not run.resume:
             raise ConfigError(f"{run.out} holds a run; go on with --resume, or choose another --out")
-        if json.loads(kept.read_text(encoding="utf-8")) != asked:
+        if _as_now(json.loads(kept.read_text(encoding="utf-8")), free) != asked:
             raise ConfigError(f"{run.out} holds a run of another recipe or other data; choose another --out")
     run.out.mkdir(parents=True, exist_ok=True)
     if not (run.out / MATERIAL).is_file():
@@ -94,6 +94,12 @@ def prepare_folder(run: SpeechRun, log: Log) -> None:
         save_material(run.out / MATERIAL, train, held_out)
         log(f"{len(train)} clips, {sum(len(c.input_S) for c in train) / 16000 / 60:.1f} minutes; {len(held_out)} kept")
     kept.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+
+
+def _as_now(kept: dict[str, Any], free: set[str]) -> dict[str, Any]:
+    """A recipe that an earlier version kept, with what has come in since at its defaults."""
+    real_data = kept.pop("real_data", None)
+    return SpeechRecipe.model_validate(kept).model_dump(mode="json", exclude=free) | {"real_data": real_data}
 
 
 def start_folder(run: SpeechRun, stage: SpeechStage) -> Path | None:

@@ -111,9 +111,13 @@ def two_threads() -> Iterator[None]:
 
 def test_the_same_bits_on_two_threads(two_threads: None) -> None:
     a, b, ends = torch.randn(400, 90), torch.randn(4, 90, 70), torch.tensor([10, 200, 210, 400], dtype=torch.int32)
+    wide, turned = torch.randn(90, 900), torch.randn(900, 90).t()
 
     def made() -> list[Tensor]:
-        return [product(a, b[0]), grouped_product(a, b, ends), batched_product(a.view(4, 100, 90), b)]
+        total = torch.ones(70, 900)
+        add_product(total, a[:70], wide)
+        few = [product(a[:70], wide), product(a[:70], turned), total]  # columns are shared out, not rows
+        return [*few, product(a, b[0]), grouped_product(a, b, ends), batched_product(a.view(4, 100, 90), b)]
 
     many = made()
     torch.set_num_threads(1)

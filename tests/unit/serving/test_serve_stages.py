@@ -188,15 +188,19 @@ def test_small_calls_go_direct_and_large_ones_through_the_object_store() -> None
         for seconds in (1, 20):
             await stages.hear("a", 0, 0, np.zeros(16000 * seconds, np.float32), False)
         await stages.encode(Modality.VISION, [])
+        stages.answer("a", 0, NOTHING, AnswerOptions())
+        await stages.part("language", "a", 0, 1)
 
     asyncio.run(main())
-    assert handle.ways == [(name, large) for name in ("extend", "say", "hear") for large in (False, True)]
+    small_and_large = [(name, large) for name in ("extend", "say", "hear") for large in (False, True)]
+    assert handle.ways == [*small_and_large, ("answer", True), ("part", True)], "streams and what is handed on stay"
 
 
 def test_an_http_proxy_in_the_environment_is_not_asked_for_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PROXY, raising=False)
-    stages_of(done)
+    stages, _ = stages_of(done)
+    asyncio.run(stages.extend("a", 0, NOTHING))
     assert os.environ.get(PROXY) == "", "gRPC reads http_proxy where this is not set"
     monkeypatch.setenv(PROXY, "http://chosen:1")
-    stages_of(done)
+    asyncio.run(stages_of(done)[0].extend("a", 0, NOTHING))
     assert os.environ.get(PROXY) == "http://chosen:1"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from speech_workers import few_crops, short_recipe, tones, train_apart, trained
 
-from omni_ray.config.speech_training import STAGES, SpeechStage
+from omni_ray.config.speech_training import STAGES, SpeechRecipe, SpeechStage
 from omni_ray.models.codec import Codec
 from omni_ray.types.errors import ConfigError, DataError, OmniError
 from pipelines.components.speech.group import Alone, own_parts, summed_in_order
@@ -27,11 +27,11 @@ class InterruptionError(Exception):
 
 
 def train(
-    stage: SpeechStage, *, stop: tuple[str, int] | None = None, resume: Any = None
+    stage: SpeechStage, *, stop: tuple[str, int] | None = None, resume: Any = None, recipe: SpeechRecipe = RECIPE
 ) -> tuple[Codec, Told, dict[str, Any] | None]:
     """The stage from a random codec, alone; ends with a checkpoint after (phase, step) where asked to."""
-    codec, told, kept = new_codec(RECIPE), [], []
-    run = StageRun(stage=stage, recipe=RECIPE, codec=codec, clips=tones(), group=Alone())
+    codec, told, kept = new_codec(recipe), [], []
+    run = StageRun(stage=stage, recipe=recipe, codec=codec, clips=tones(), group=Alone())
 
     def keep(phase: str, state: PhaseState, make: Any) -> None:
         told.append((phase, state.told))
@@ -102,6 +102,18 @@ def test_a_stage_changes_its_own_weights_alone(stage: SpeechStage, changed: tupl
     assert all(name.startswith(changed) for name in moved)
     for part in changed:
         assert any(name.startswith(part) for name in moved), part
+
+
+def test_the_coded_phase_goes_through_a_quantiser_that_stays() -> None:
+    still = RECIPE.encoder.model_copy(update={"encoder_lr_share": 0.0})
+    after, told, _ = train("1", recipe=RECIPE.model_copy(update={"encoder": still}))
+    assert ["near" in values for phase, values in told if phase != "wave16"] == [False] * 3 + [True] * 3
+    uncoded = still.model_copy(update={"coded": RECIPE.encoder.coded.model_copy(update={"steps": 0})})
+    before, _, _ = train("1", recipe=RECIPE.model_copy(update={"encoder": uncoded}))
+    kept = before.state_dict()
+    moved = {name for name, value in after.state_dict().items() if not torch.equal(value, kept[name])}
+    assert any(name.startswith("acoustic.") for name in moved)
+    assert not any(name.startswith("quantizer.") for name in moved)
 
 
 def test_discriminators_come_in_when_the_recipe_says() -> None:
