@@ -88,37 +88,10 @@ static void copy_strips(Strided a, int64_t rows, int64_t depth, float *to) {
 
 /* --- sums --------------------------------------------------------------------------------------------------------- */
 
-static inline __attribute__((always_inline)) void strip(
-    const int rows, const int wide, const float *x, int64_t down, int64_t right, const float *w, int64_t depth, float *out,
-    int64_t out_down, int64_t columns, int add) {
-    V sum[TALL][WIDE];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < wide; v++) sum[r][v] = (V){0};
-    for (int64_t k = 0; k < depth; k++, w += PANEL, x += right) {
-        V in[WIDE];
-        for (int v = 0; v < wide; v++) in[v] = *(const U *)(w + v * LANES);
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < wide; v++) sum[r][v] += x[r * down] * in[v];
-    }
-    for (int r = 0; r < rows; r++) {
-        float *to = out + r * out_down;
-        if (columns == wide * LANES) {
-            for (int v = 0; v < wide; v++) {
-                U *at = (U *)(to + v * LANES);
-                *at = add ? (V)*at + sum[r][v] : sum[r][v];
-            }
-        } else {
-            float part[PANEL];
-            memcpy(part, sum[r], sizeof part);
-            for (int64_t c = 0; c < columns; c++) to[c] = add ? to[c] + part[c] : part[c];
-        }
-    }
-}
-
 /* Half a panel's width where the last has no more: columns of zeros cost as much as others. */
 #define STRIP(COUNT, RIGHT, DOWN)                                                                                     \
-    (columns <= PANEL / 2 ? strip(COUNT, WIDE / 2, x, DOWN, RIGHT, w, depth, out, out_down, columns, add)             \
-                          : strip(COUNT, WIDE, x, DOWN, RIGHT, w, depth, out, out_down, columns, add))
+    (columns <= PANEL / 2 ? tile(COUNT, WIDE / 2, x, DOWN, RIGHT, w, depth, out, out_down, columns, add)             \
+                          : tile(COUNT, WIDE, x, DOWN, RIGHT, w, depth, out, out_down, columns, add))
 
 static void rows_of_panel(
     int64_t rows, const float *x, int64_t down, int64_t right, const float *w, int64_t depth, float *out, int64_t out_down,

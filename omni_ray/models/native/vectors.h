@@ -32,28 +32,29 @@ typedef struct {
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
 
-/* sum [rows, wide vectors] of x [rows, inputs] and the first vectors of a panel. */
+/* sum [rows, wide vectors] of x [rows, inputs], its rows and inputs `down` and `right` apart, and a panel's first vectors. */
 static inline __attribute__((always_inline)) void panel_sums(
-    const int rows, const int wide, const float *x, int64_t ldx, const float *w, int64_t inputs, V sum[TALL][WIDE]) {
+    const int rows, const int wide, const float *x, int64_t down, int64_t right, const float *w, int64_t inputs,
+    V sum[TALL][WIDE]) {
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < wide; v++) sum[r][v] = (V){0};
-    for (int64_t k = 0; k < inputs; k++, w += PANEL) {
+    for (int64_t k = 0; k < inputs; k++, w += PANEL, x += right) {
         V in[WIDE];
         for (int v = 0; v < wide; v++) in[v] = *(const U *)(w + v * LANES);
         for (int r = 0; r < rows; r++)
-            for (int v = 0; v < wide; v++) sum[r][v] += x[r * ldx + k] * in[v];
+            for (int v = 0; v < wide; v++) sum[r][v] += x[r * down] * in[v];
     }
 }
 
 static inline __attribute__((always_inline)) void tile(
-    const int rows, const float *x, int64_t ldx, const float *w, int64_t inputs, float *out, int64_t ldo, int64_t columns,
-    int add) {
+    const int rows, const int wide, const float *x, int64_t down, int64_t right, const float *w, int64_t inputs, float *out,
+    int64_t ldo, int64_t columns, int add) {
     V sum[TALL][WIDE];
-    panel_sums(rows, WIDE, x, ldx, w, inputs, sum);
+    panel_sums(rows, wide, x, down, right, w, inputs, sum);
     for (int r = 0; r < rows; r++) {
         float *to = out + r * ldo;
-        if (columns == PANEL) {
-            for (int v = 0; v < WIDE; v++) {
+        if (columns == wide * LANES) {
+            for (int v = 0; v < wide; v++) {
                 U *at = (U *)(to + v * LANES);
                 *at = add ? (V)*at + sum[r][v] : sum[r][v];
             }
@@ -73,14 +74,14 @@ static inline void product(int64_t rows, const float *x, int64_t ldx, const Matr
             const float *from = x + r * ldx;
             float *to = out + r * ldo + first;
             switch (rows - r) {
-            case 1: tile(1, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-            case 2: tile(2, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-            case 3: tile(3, from, ldx, w, m->inputs, to, ldo, columns, add); break;
+            case 1: tile(1, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
+            case 2: tile(2, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
+            case 3: tile(3, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
 #if TALL == 6
-            case 4: tile(4, from, ldx, w, m->inputs, to, ldo, columns, add); break;
-            case 5: tile(5, from, ldx, w, m->inputs, to, ldo, columns, add); break;
+            case 4: tile(4, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
+            case 5: tile(5, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
 #endif
-            default: tile(TALL, from, ldx, w, m->inputs, to, ldo, columns, add);
+            default: tile(TALL, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add);
             }
         }
     }

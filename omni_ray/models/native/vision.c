@@ -14,7 +14,7 @@
 static inline __attribute__((always_inline)) void block(
     const int rows, const int wide, const float *x, int64_t ldx, const float *w, int64_t inputs, float *out, int64_t ldo) {
     V sum[TALL][WIDE];
-    panel_sums(rows, wide, x, ldx, w, inputs, sum);
+    panel_sums(rows, wide, x, ldx, 1, w, inputs, sum);
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < wide; v++) *(U *)(out + r * ldo + v * LANES) = sum[r][v];
 }
