@@ -17,6 +17,9 @@ class LiveBytes(TorchDispatchMode):
     What an operation takes and frees inside itself is not seen.
     """
 
+    only_memory = True
+    """Compiled functions take their memory through operations too, so they run as they do unwatched."""
+
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """``known``: tensors, parameters say, that were there before and do not count."""
         super().__init__()

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.native.layer_passes import layer_passes
+from omni_ray.models.native.library import compiled_takes
 from omni_ray.models.products import add_product, product
 
 CHUNK_ROWS = 512
@@ -27,18 +29,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_R), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             hidden, label_C1, factor_C1 = hidden_RH[part], labels_R[part, None], factor_R[part, None].to(wide)
-            log_CV = F.log_softmax(product(hidden, weight_VH.t()), dim=-1, dtype=wide)
-            ce_R[part] = log_CV.gather(1, label_C1).squeeze(1).neg_()
-            if not (wants_hidden or wants_weight):
+            wanted = wants_hidden or wants_weight
+            ce_R[part], slope_CV = _loss_and_slopes(product(hidden, weight_VH.t()), label_C1, wanted)
+            if slope_CV is None:
                 continue
-            # softmax - onehot; a row's factor is applied on the narrow side of the products.
-            slope_CV = log_CV.exp_().scatter_add_(1, label_C1, log_CV.new_full((1, 1), -1.0).expand_as(label_C1))
-            slope_CV = slope_CV.to(hidden.dtype)
+            # A row's factor is applied on the narrow side of the products.
             if grad_hidden is not None:
                 grad_hidden[part] = product(slope_CV, weight_VH).mul_(factor_C1.to(hidden.dtype))
             if grad_weight is not None:
-                _add_product(grad_weight, slope_CV.t(), hidden * factor_C1.to(hidden.dtype))
-            del log_CV, slope_CV  # before the next chunk's logits are made
+                add_product(grad_weight, slope_CV.t(), hidden * factor_C1.to(hidden.dtype))
+            del slope_CV  # before the next chunk's logits are made
         ctx.kept = (grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype))
         ctx.mark_non_differentiable(ce_R)
         return ce_R.dot(factor_R.to(wide)), ce_R
@@ -55,11 +55,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *kept, None, None
 
 
-def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
-    if total_VH.dtype == right_CH.dtype:
-        add_product(total_VH, left_VC, right_CH)
-    else:
-        total_VH.add_(left_VC @ right_CH)
+def _loss_and_slopes(logits_CV: Tensor, label_C1: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of every row in fp32 at least, and softmax - onehot in the dtype of the logits, which it replaces."""
+    compiled = layer_passes(logits_CV.dtype) if compiled_takes(logits_CV) else None
+    if compiled is not None:
+        loss_C = compiled.cross_entropy(logits_CV, label_C1.contiguous(), slopes=wanted)
+        return loss_C, logits_CV if wanted else None
+    log_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.promote_types(logits_CV.dtype, torch.float32))
+    loss_C = log_CV.gather(1, label_C1).squeeze(1).neg_()
+    if not wanted:
+        return loss_C, None
+    slope_CV = log_CV.exp_().scatter_add_(1, label_C1, log_CV.new_full((1, 1), -1.0).expand_as(label_C1))
+    return loss_C, slope_CV.to(logits_CV.dtype)
 
 
 def linear_cross_entropy(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omni_ray.models.layers import swiglu_backward, swiglu_forward
-from omni_ray.models.products import grouped_product
+from omni_ray.models.large_pages import in_large_pages
+from omni_ray.models.layers import weighted_swiglu, weighted_swiglu_backward
+from omni_ray.models.products import grouped_gradient, grouped_product
 
 BLOCK_ROWS = 4096
 """Most rows that are worked on together: 0.60 of the matmul peak where 65,536 rows at once reach 0.48."""
@@ -61,7 +62,7 @@ class _GroupedExperts(torch.autograd.Function):
         per_expert = torch.bincount(flat, minlength=count)[:count]
         chosen_M = flat.argsort(stable=True)[: int(per_expert.sum())]
         token_M = chosen_M // expert_TK.shape[1]
-        share_M1 = weight_TK.flatten().index_select(0, chosen_M).unsqueeze(1).to(u.dtype)
+        share_M1 = weight_TK.flatten().index_select(0, chosen_M).unsqueeze(1)
         out = torch.zeros_like(u)
         kept: list[Tensor] = []
         ctx.blocks = _blocks(per_expert.cumsum(0).to(torch.int32))
@@ -69,7 +70,7 @@ class _GroupedExperts(torch.autograd.Function):
             hidden = grouped_product(u.index_select(0, token_M[rows]), gate_up[experts].transpose(1, 2), ends_E)
             kept.append(hidden)
             # The router's weight rides on the inner activations, so no second buffer of outputs is needed.
-            inner = swiglu_forward(hidden)[0].mul_(share_M1[rows])
+            inner = weighted_swiglu(hidden, share_M1[rows])
             out.index_add_(0, token_M[rows], grouped_product(inner, down[experts].transpose(1, 2), ends_E))
         ctx.save_for_backward(u, share_M1, chosen_M, token_M, gate_up, down, *kept)
         ctx.shape_TK = weight_TK.shape
@@ -81,38 +82,35 @@ class _GroupedExperts(torch.autograd.Function):
         u, share_M1, chosen_M, token_M, gate_up, down, *kept = ctx.saved_tensors
         grad_u = torch.zeros_like(grad)
         grad_weight = torch.zeros(ctx.shape_TK, dtype=torch.float32, device=grad.device)
-        of_experts = _WeightGradients(gate_up, down, len(ctx.blocks))
+        of_experts = _WeightGradients(gate_up, down)
         for (experts, rows, ends_E), hidden in zip(ctx.blocks, kept, strict=True):
             token_B, share_B1 = token_M[rows], share_M1[rows]
             grad_B = grad.index_select(0, token_B)
-            unweighted, activated = swiglu_forward(hidden)
             grad_inner = grouped_product(grad_B, down[experts], ends_E)
+            grad_hidden, along_B, inner = weighted_swiglu_backward(grad_inner, hidden, share_B1)
             # chosen_M names each (token, choice) once: a copy, never a sum.
-            along_B = (grad_inner * unweighted).sum(dim=1, dtype=torch.float32)
             grad_weight.view(-1).index_copy_(0, chosen_M[rows], along_B)
-            grad_down = grouped_product(grad_B.t(), unweighted.mul_(share_B1), ends_E)
-            grad_hidden = swiglu_backward(grad_inner.mul_(share_B1), hidden, activated)
-            grad_gate_up = grouped_product(grad_hidden.t(), u.index_select(0, token_B), ends_E)
-            of_experts.add(experts, grad_gate_up, grad_down)
+            of_experts.add(experts, ends_E, (grad_hidden.t(), u.index_select(0, token_B)), (grad_B.t(), inner))
             grad_u.index_add_(0, token_B, grouped_product(grad_hidden, gate_up[experts], ends_E))
         return grad_u, grad_weight, None, *of_experts.sums
 
 
 class _WeightGradients:
-    """Sums over blocks, block after block; one block's are the sums themselves."""
+    """Gradients of the experts' matrices, block after block: an expert whose rows end in a later block is added up."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, blocks: int) -> None:
-        self.sums: tuple[Tensor, ...] = ()
-        if blocks > 1:
-            self.sums = torch.zeros_like(gate_up), torch.zeros_like(down)
+    def __init__(self, *weights: Tensor) -> None:
+        self.sums = tuple(in_large_pages(torch.empty_like(weight)) for weight in weights)
+        self._begun = 0
 
-    def add(self, experts: slice, *gradients: Tensor) -> None:
-        """Gradients of the matrices of ``experts``."""
-        if not self.sums:
-            self.sums = gradients
-            return
-        for total, gradient in zip(self.sums, gradients, strict=True):
-            total[experts].add_(gradient)
+    def add(self, experts: slice, ends_E: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Sums over the block's rows, for each weight of a pair [A, M], [M, B]."""
+        first, end, _ = experts.indices(len(self.sums[0]))
+        for total, (x, grad) in zip(self.sums, pairs, strict=True):
+            before = total[first].clone() if first < self._begun else None
+            grouped_gradient(x, grad, ends_E, total[first:end])
+            if before is not None:
+                total[first].add_(before)
+        self._begun = end
 
 
 def grouped_experts(

@@ -1,6 +1,7 @@
 """Small parts shared by the networks: RMS norm, gated MLP, row padding.
 
-The norm and the gate have hand-written backwards: a few passes over memory where autograd takes a dozen.
+The norm and the gate have hand-written backwards: a few passes over memory where autograd takes a dozen, one where a
+compiler is at hand (0038).
 """
 
 # T packed tokens, H model dim, F inner dim of a gated MLP
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.native.layer_passes import LayerPasses, layer_passes
+from omni_ray.models.native.library import compiled_takes
 from omni_ray.models.products import Linear
 from omni_ray.models.recompute import offer
 
@@ -29,10 +32,25 @@ def rms_scale(x32: Tensor, eps: float) -> Tensor:
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
     """The norm without a graph, and the factor of every row that its backward needs."""
+    compiled = _passes(x, weight)
+    if compiled is not None:
+        out, scale = compiled.rms(_rows(x), weight.float() * gain, eps)
+        return out.view(x.shape), scale.view(*x.shape[:-1], 1)
     x32 = x.float()
     scale = rms_scale(x32, eps)
     gained = weight * gain if gain != 1.0 else weight
     return (x32 * scale).to(x.dtype).mul_(gained), scale
+
+
+def _passes(*operands: Tensor) -> LayerPasses | None:
+    """The compiled passes where they take these operands."""
+    return layer_passes(operands[0].dtype) if compiled_takes(*operands) else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] -> [R, D] whose values lie beside each other; rows of a slice stay where they are."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.shape[-1] < 2 or rows.stride(-1) == 1 else rows.contiguous()
 
 
 def rms_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, gain: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -59,7 +77,12 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
         x, weight, scale = ctx.saved_tensors
-        return *rms_backward(grad, x, weight, scale, ctx.gain), None, None
+        compiled = _passes(x, weight, grad)
+        if compiled is None:
+            return *rms_backward(grad, x, weight, scale, ctx.gain), None, None
+        given = (_rows(grad).contiguous(), _rows(x), weight.float() * ctx.gain, scale)
+        grad_x, grad_weight = compiled.rms_back(*given)
+        return grad_x.view(x.shape), grad_weight.mul_(ctx.gain).to(weight.dtype), None, None
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, gain: float = 1.0) -> Tensor:
@@ -113,6 +136,10 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, activated: Tensor) -> Tensor:
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        compiled = _passes(gate_up)
+        if compiled is not None:
+            ctx.save_for_backward(gate_up)
+            return compiled.swiglu(_rows(gate_up).contiguous()).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
         out, activated = swiglu_forward(gate_up)
         offer(activated, lambda: F.silu(gate_up.chunk(2, dim=-1)[0]))
         ctx.save_for_backward(gate_up, activated)
@@ -121,16 +148,46 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
-        return swiglu_backward(grad, *ctx.saved_tensors)
+        gate_up, *activated = ctx.saved_tensors
+        if activated:
+            return swiglu_backward(grad, gate_up, *activated)
+        compiled = layer_passes(gate_up.dtype)
+        assert compiled is not None
+        return compiled.swiglu_back(_rows(grad).contiguous(), _rows(gate_up).contiguous())[0].view(gate_up.shape)
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
     """``silu(gate) * up`` of a joint projection, gate first.  [..., 2F] -> [..., F]."""
+    out: Tensor = _SwiGlu.apply(gate_up_TF2)
     if torch.is_grad_enabled():
-        out: Tensor = _SwiGlu.apply(gate_up_TF2)
-        offer(out, lambda: swiglu_forward(gate_up_TF2)[0])
-        return out
-    return swiglu_forward(gate_up_TF2)[0]
+        offer(out, lambda: _SwiGlu.apply(gate_up_TF2))
+    return out
+
+
+def weighted_swiglu(gate_up_MF2: Tensor, share_M1: Tensor) -> Tensor:
+    """:func:`swiglu` times an fp32 factor of every row, without a graph.  [M, 2F], [M, 1] -> [M, F]."""
+    compiled = _passes(gate_up_MF2)
+    if compiled is not None:
+        return compiled.swiglu(gate_up_MF2.contiguous(), share_M1.float().contiguous())
+    return swiglu_forward(gate_up_MF2)[0].mul_(share_M1.to(gate_up_MF2.dtype))
+
+
+def weighted_swiglu_backward(
+    grad_MF: Tensor, gate_up_MF2: Tensor, share_M1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`weighted_swiglu` with respect to both, [M, 2F] and [M] in fp32, and its result again, [M, F]."""
+    compiled = _passes(grad_MF, gate_up_MF2)
+    if compiled is not None:
+        given = (grad_MF.contiguous(), gate_up_MF2.contiguous(), share_M1.float().contiguous())
+        grad_gate_up, along_M, again_MF = compiled.swiglu_back(*given)
+        assert along_M is not None
+        assert again_MF is not None
+        return grad_gate_up, along_M, again_MF
+    share_M1 = share_M1.to(grad_MF.dtype)
+    unweighted, activated = swiglu_forward(gate_up_MF2)
+    along_M = (grad_MF * unweighted).sum(dim=1, dtype=torch.float32)
+    grad_gate_up = swiglu_backward(grad_MF * share_M1, gate_up_MF2, activated)
+    return grad_gate_up, along_M, unweighted.mul_(share_M1)
 
 
 class GatedMLP(nn.Module):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_ray.config.model import LanguageConfig
 from omni_ray.models.grouped_experts import grouped_experts
+from omni_ray.models.products import linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Router(nn.Module):
 
     def forward(self, u_TH: Tensor) -> Routing:
         """Source: networks.md section 4, router."""
-        logits_TE = F.linear(u_TH.float(), self.classifier.weight.float())
+        logits_TE = linear(u_TH.float(), self.classifier.weight.float())
         scores_TE = logits_TE.softmax(dim=-1)
         with torch.no_grad():
             expert_TK = (scores_TE + self.e_score_correction_bias.float()).topk(self.top_k, dim=-1).indices

@@ -12,13 +12,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from omni_ray.models.products import batched_product
+from omni_ray.models.native.attention import Attention, Operands, attention
+from omni_ray.models.native.library import compiled_takes
 from omni_ray.models.recompute import rebuilding
 from omni_ray.models.rope import Turn
 
@@ -73,30 +75,31 @@ class Rectangle:
             x_TX.index_copy_(0, self.rows.index_select(0, self.real), places.index_select(0, self.real))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLayout:
-    """How packed rows map to rectangles and back; made once per forward."""
+    """How packed rows lie; made once per forward."""
 
-    heads: int
-    """h."""
-    rectangles: tuple[Rectangle, ...]
-    """In ascending length, none empty; sequences keep their order inside one."""
+    def __init__(self, cu_seqlens: Sequence[int], heads: int, turn: Turn) -> None:
+        self.cu_seqlens, self.heads, self.turn = tuple(cu_seqlens), heads, turn
+
+    @cached_property
+    def rectangles(self) -> tuple[Rectangle, ...]:
+        """Sequences by padded length, ascending, none empty; they keep their order inside one."""
+        by_length: dict[int, list[tuple[int, int]]] = {}
+        for start, end in itertools.pairwise(self.cu_seqlens):
+            if end > start:
+                by_length.setdefault(end - start + (start - end) % LENGTH_TILE, []).append((start, end - start))
+        return tuple(_rectangle(length, by_length[length], self.turn) for length in sorted(by_length))
 
 
 def packed_layout(cu_seqlens: Sequence[int], heads: int, turn: Turn) -> PackedLayout:
-    """Group sequences by padded length.
+    """The layout of one packing.
 
     Args:
         cu_seqlens: 0, then running sums of the lengths; an empty sequence is fine.
         heads: h.
         turn: Of every packed row; its device is the layout's.
     """
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, end in itertools.pairwise(cu_seqlens):
-        if end > start:
-            by_length.setdefault(end - start + (start - end) % LENGTH_TILE, []).append((start, end - start))
-    rectangles = [_rectangle(length, by_length[length], turn) for length in sorted(by_length)]
-    return PackedLayout(heads=heads, rectangles=tuple(rectangles))
+    return PackedLayout(cu_seqlens, heads, turn)
 
 
 def _rectangle(length: int, members: list[tuple[int, int]], turn: Turn) -> Rectangle:
@@ -138,7 +141,7 @@ def _by_head(r: Rectangle, q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, no
 
 def _probabilities(q_BLd: Tensor, k_BLd: Tensor, start: int, end: int) -> Tensor:
     """Softmax rows of queries [start, end) over keys [0, end): [B, X, Y]; the sums of a row in fp32 at least."""
-    scores = batched_product(q_BLd[:, start:end], k_BLd[:, :end].transpose(1, 2))
+    scores = torch.bmm(q_BLd[:, start:end], k_BLd[:, :end].transpose(1, 2))
     future = scores.new_full((end - start, end - start), float("-inf")).triu_(1)
     scores[:, :, start:end].add_(future)
     return scores.softmax(dim=-1)
@@ -157,7 +160,7 @@ class _PackedAttention(torch.autograd.Function):
             kept += [q, k, v]
             for start, end in _blocks(r.length):
                 probs = _probabilities(q, k, start, end)
-                batched_product(probs, v[:, :end], out_BLe[:, start:end])
+                out_BLe[:, start:end] = torch.bmm(probs, v[:, :end])
                 if keep:
                     kept.append(probs)
             room = r.room(out_The)
@@ -194,12 +197,12 @@ def _rectangle_backward(
     for index, (start, end) in reversed(list(enumerate(_blocks(q.shape[1])))):
         probs = kept[index] if kept is not None else _probabilities(q, k, start, end)
         grad = grad_BLe[:, start:end]
-        dprobs = batched_product(grad, v[:, :end].transpose(1, 2))
+        dprobs = torch.bmm(grad, v[:, :end].transpose(1, 2))
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
-        batched_product(dscores, k[:, :end], dq[:, start:end])
-        add = end < q.shape[1]
-        batched_product(dscores.transpose(1, 2), q[:, start:end], dk[:, :end], add=add)
-        batched_product(probs.transpose(1, 2), grad, dv[:, :end], add=add)
+        dq[:, start:end] = torch.bmm(dscores, k[:, :end])
+        scale = 0 if end == q.shape[1] else 1
+        dk[:, :end].baddbmm_(dscores.transpose(1, 2), q[:, start:end], beta=scale)
+        dv[:, :end].baddbmm_(probs.transpose(1, 2), grad, beta=scale)
     return dq, dk, dv
 
 
@@ -214,6 +217,25 @@ def _spread(r: Rectangle, into: tuple[Tensor, ...], of_heads: tuple[Tensor, Tens
     r.turn.turn_into(room_rope.unsqueeze(2), dk[..., nope:].sum(dim=2, keepdim=True), back=True)
     for x, room in zip(into, (room_q, room_kv, room_rope), strict=True):
         r.put(x, room)
+
+
+class _CompiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx, compiled: Attention, layout: PackedLayout, q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor
+    ) -> Tensor:
+        operands = Operands(q_Thd, kv_Thne, k_rope_TR, layout.turn.cos_RP, layout.turn.sin_RP)
+        out_The, log_sum_hT = compiled.forward(operands, layout.cu_seqlens)
+        ctx.compiled, ctx.cu_seqlens = compiled, layout.cu_seqlens
+        ctx.save_for_backward(*operands, out_The, log_sum_hT)
+        return out_The
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_The: Tensor):  # type: ignore[no-untyped-def, override]
+        *operands, out_The, log_sum_hT = ctx.saved_tensors
+        given = (Operands(*operands), ctx.cu_seqlens, out_The, log_sum_hT, grad_The)
+        return None, None, *ctx.compiled.backward(*given)
 
 
 def fused_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int, layout: PackedLayout) -> Tensor:
@@ -243,8 +265,9 @@ def fused_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int
 def packed_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: int, layout: PackedLayout) -> Tensor:
     """Causal softmax attention inside each packed sequence, rotary turn included.
 
-    The one place that chooses a kernel: query blocks of batched products on the CPU, where they beat torch's fused
-    kernel and keep a sequence's bits its own; torch's fused kernels on CUDA.
+    The one place that chooses a kernel: compiled functions on the CPU, where there are some for the dtype (0038), else
+    query blocks of batched products, which beat torch's fused kernel there and keep a sequence's bits its own; torch's
+    fused kernels on CUDA.
 
     Args:
         q_Thd: [T, h, nope + R] already times the score scale, not yet turned.
@@ -258,5 +281,10 @@ def packed_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: in
     """
     if q_Thd.is_cuda:
         return fused_attention(q_Thd, kv_Thne, k_rope_TR, nope, layout)
-    out: Tensor = _PackedAttention.apply(q_Thd, kv_Thne, k_rope_TR, nope, layout)
+    compiled = attention(q_Thd.dtype) if compiled_takes(q_Thd, kv_Thne, k_rope_TR) else None
+    out: Tensor
+    if compiled is not None:
+        out = _CompiledAttention.apply(compiled, layout, q_Thd.contiguous(), kv_Thne.contiguous(), k_rope_TR)
+    else:
+        out = _PackedAttention.apply(q_Thd, kv_Thne, k_rope_TR, nope, layout)
     return out

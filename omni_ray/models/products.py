@@ -14,20 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.native.library import compiled_takes
 from omni_ray.models.native.products import Products, products
 
 
 def _compiled(*operands: Tensor) -> Products | None:
-    """The compiled products where they take these operands.
-
-    A dispatch mode (a counter of FLOPs, fake tensors), autocast and subclasses of tensors must see torch's operations.
-    """
-    fits = all(x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN for x in operands)
-    watched = torch._C._len_torch_dispatch_stack() > 0 or torch.is_autocast_enabled("cpu")
-    return products() if fits and not watched else None
-
-
-_PLAIN = (Tensor, nn.Parameter)
+    """The compiled products where they take these operands, which are of one dtype."""
+    return products(operands[0].dtype) if compiled_takes(*operands) else None
 
 
 def product(a_RK: Tensor, b_KN: Tensor) -> Tensor:
@@ -37,33 +30,29 @@ def product(a_RK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def add_product(total_RN: Tensor, a_RK: Tensor, b_KN: Tensor) -> None:
-    """``total += a @ b`` in place, without a graph; ``total`` is contiguous."""
-    compiled = _compiled(total_RN, a_RK, b_KN)
-    if compiled is None:
+    """``total += a @ b`` in place, without a graph; ``total`` is contiguous, and fp32 or of the operands' dtype."""
+    compiled = _compiled(a_RK, b_KN) if total_RN.dtype == torch.float32 and compiled_takes(total_RN) else None
+    if compiled is not None:
+        compiled(a_RK, b_KN, total_RN)
+    elif total_RN.dtype == a_RK.dtype:
         total_RN.addmm_(a_RK, b_KN)
     else:
-        compiled(a_RK, b_KN, total_RN)
+        total_RN.add_(a_RK @ b_KN)
 
 
-def batched_product(a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor | None = None, *, add: bool = False) -> Tensor:
-    """``a @ b`` of every pair without a graph, [B, R, N].
+def grouped_gradient(x_AM: Tensor, grad_MB: Tensor, ends_G: Tensor, out_GAB: Tensor) -> None:
+    """``x @ grad`` over each group of rows, written to ``out``, which is contiguous: :func:`grouped_product`'s weights'.
 
     Args:
-        a_BRK: [B, R, K].  b_BKN: [B, K, N].
-        out_BRN: Written to where given; its last dimension is contiguous.
-        add: Add to ``out`` instead.
+        x_AM: [A, M].  grad_MB: [M, B].
+        ends_G: [G] int32, end of each group.
+        out_GAB: [G, A, B].
     """
-    compiled = _compiled(a_BRK, b_BKN, *([] if out_BRN is None else [out_BRN]))
-    if compiled is not None:
-        out = a_BRK.new_empty(*a_BRK.shape[:2], b_BKN.shape[2]) if out_BRN is None else out_BRN
-        return compiled.batch(a_BRK, b_BKN, out, add=add)
-    if out_BRN is None:
-        return torch.bmm(a_BRK, b_BKN)
-    if add:
-        return out_BRN.baddbmm_(a_BRK, b_BKN)
-    if out_BRN.is_contiguous():
-        return torch.bmm(a_BRK, b_BKN, out=out_BRN)
-    return out_BRN.copy_(torch.bmm(a_BRK, b_BKN))
+    compiled = _compiled(x_AM, grad_MB, out_GAB)
+    if compiled is None:
+        out_GAB.copy_(grouped_product(x_AM, grad_MB, ends_G))
+    else:
+        compiled.inner_groups(x_AM, grad_MB, ends_G, out_GAB)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends_G: Tensor) -> Tensor:
@@ -111,6 +100,14 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def linear(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """``x @ weight.t()`` with a graph.  [R, K], [N, K] -> [R, N]."""
+    if _compiled(x_RK, weight_NK) is None:
+        return F.linear(x_RK, weight_NK)
+    out: Tensor = _Linear.apply(x_RK, weight_NK)
+    return out
+
+
 class Linear(nn.Linear):
     """``torch.nn.Linear`` over :func:`product`."""
 
@@ -118,6 +115,6 @@ class Linear(nn.Linear):
         """[..., K] -> [..., N]."""
         if x.dim() < 2 or _compiled(x, self.weight) is None:
             return super().forward(x)
-        out: Tensor = _Linear.apply(x if x.dim() == 2 else x.flatten(0, -2), self.weight)
+        out = linear(x if x.dim() == 2 else x.flatten(0, -2), self.weight)
         out = out if x.dim() == 2 else out.unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias

@@ -11,6 +11,11 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from omni_ray.config.places import cache_folder
 from omni_ray.observability.events import emit
@@ -20,8 +25,8 @@ SWITCH = "OMNI_RAY_NATIVE"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
-SOURCES = ("rows.c", "codec.c", "vision.c", "products.c")
-HEADERS = ("vectors.h",)
+SOURCES = ("rows.c", "codec.c", "vision.c", "products.c", "attention.c", "layers.c", "half.c")
+HEADERS = ("vectors.h", "elements.h")
 SIZES = (
     "lanes",
     "panel_columns",
@@ -29,9 +34,13 @@ SIZES = (
     "codec_state_floats",
     "codec_scratch_floats",
     "window_scratch_floats",
-    "product_scratch_floats",
+    "product_scratch_bytes",
+    "attend_scratch_bytes",
+    "attend_back_scratch_bytes",
 )
 """Functions that count; all others give nothing back."""
+HALF = "half_"
+"""Before the names of the forms in bf16, which are there where the processor has its dot instruction."""
 PATIENCE_S = 120
 
 
@@ -47,8 +56,32 @@ def library() -> ctypes.CDLL | None:
         emit("native_unavailable", reason=reason[0] if reason else type(error).__name__)
         return None
     for name in SIZES:
-        getattr(found, name).restype = ctypes.c_int64
+        for prefix in ("", HALF):
+            if hasattr(found, prefix + name):
+                getattr(found, prefix + name).restype = ctypes.c_int64
     return found
+
+
+def compiled_takes(*operands: Tensor) -> bool:
+    """Whether compiled functions may read these: plain tensors of one dtype on the CPU, and nobody looks on.
+
+    A dispatch mode (a counter of FLOPs, fake tensors), autocast and subclasses of tensors must see torch's operations.
+    """
+    dtype = operands[0].dtype
+    fits = all(x.dtype == dtype and x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in operands)
+    return fits and not (torch._C._len_torch_dispatch_stack() and _watched()) and not torch.is_autocast_enabled("cpu")
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode looks on that must see operations; one that only sees memory taken says so."""
+    return not all(getattr(mode, "only_memory", False) for mode in _get_current_dispatch_mode_stack())
+
+
+def form_of(compiled: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any | None:
+    """The function for operands of ``dtype``, fp32 or bf16; None where there is none."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return getattr(compiled, name if dtype == torch.float32 else HALF + name, None)
 
 
 def _compiled() -> Path:

@@ -6,19 +6,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from omni_ray.models.native.library import library
-
-LEAST_ROWS = 64
-"""A share of fewer rows is not worth another thread."""
-
+from omni_ray.models.native.threads import LEAST_ROWS, share_out
 
 class Passes:
     """The compiled functions over contiguous fp32 tensors on the CPU; a row's bits do not depend on the threads."""
@@ -91,21 +86,3 @@ def passes() -> Passes | None:
 
 def _at(values: Tensor) -> c_void_p:
     return c_void_p(values.data_ptr())
-
-
-def share_out(count: int, least: int, work: Callable[[int, int], None]) -> None:
-    """``work(first, end)`` over ``count`` things, in as many threads as torch uses; compiled calls let others run."""
-    shares = min(torch.get_num_threads(), max(1, count // least))
-    if shares == 1:
-        work(0, count)
-        return
-    ends = [count * share // shares for share in range(shares + 1)]
-    begun = [_threads(shares).submit(work, a, b) for a, b in itertools.pairwise(ends)]
-    wait(begun)  # all of them: the operands must live until nobody reads them any more
-    for done in begun:
-        done.result()
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="passes")

@@ -6,71 +6,65 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from ctypes import c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni_ray.models.native.library import library
-from omni_ray.models.native.passes import LEAST_ROWS, share_out
+from omni_ray.models.native.library import form_of, library
+from omni_ray.models.native.threads import LEAST_ROWS, Scratch, share_out
 
-_BYTES = 4
 LEAST_WORK = 1 << 20
 """Sums of fewer products, about 20 microseconds, are not worth another thread."""
 VENDOR = "AuthenticAMD"
-"""MKL, which torch takes, leaves a sixth of the peak of these processors unused; elsewhere it does not."""
+"""torch's libraries leave a sixth of the peak of these processors unused, in groups of few rows half; elsewhere not."""
 
 
 class Products:
-    """The compiled functions over fp32 matrices on the CPU; an element's bits feel neither threads nor neighbours."""
+    """The compiled functions over matrices of one dtype on the CPU; an element's bits feel neither threads nor neighbours.
 
-    def __init__(self, compiled: ctypes.CDLL) -> None:
-        self._one, self._batches, self._groups, self._inner = (
-            _typed(compiled, name, kinds)
+    Sums are fp32, whatever the dtype; those of bf16 are rounded once.
+    """
+
+    def __init__(self, compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._one, self._groups, self._inner = (
+            _typed(form_of(compiled, name, dtype), kinds)
             for name, kinds in (
                 ("product_rows", "nnnn pnn pnn pn n p"),
-                ("product_batches", "nnnnn pnnn pnnn pnn n p"),
                 ("product_groups", "nn p nn pnn pnnn pn p"),
                 ("product_inner_groups", "nn p nn pnn pnn p p"),
             )
         )
-        self._room = int(compiled.product_scratch_floats())
-        self._kept = threading.local()
+        room = form_of(compiled, "product_scratch_bytes", dtype)
+        assert room is not None
+        self._room = int(room())
+        self._kept = Scratch()
 
     def __call__(self, a_RK: Tensor, b_KN: Tensor, total_RN: Tensor | None = None) -> Tensor:
-        """``a @ b``, [R, N]; with ``total``, contiguous, added to it."""
+        """``a @ b``, [R, N]; with ``total``, contiguous and fp32, added to it."""
         a_RK, b_KN = _stepping(a_RK), _stepping(b_KN)
         (rows, inputs), outputs = a_RK.shape, b_KN.shape[1]
         out_RN = a_RK.new_empty(rows, outputs) if total_RN is None else total_RN
         _fit(b_KN.shape[0] == inputs and out_RN.shape == (rows, outputs) and out_RN.is_contiguous(), a_RK, b_KN, out_RN)
         read, right, made = (a_RK.data_ptr(), *a_RK.stride()), b_KN.stride(1), out_RN.data_ptr()
         rest = (outputs, int(total_RN is not None))
+        size, out_size = b_KN.element_size(), out_RN.element_size()
 
         def of_rows(first: int, end: int) -> None:
             operands = (*read, b_KN.data_ptr(), *b_KN.stride(), made, *rest)
             self._one(first, end, outputs, inputs, *operands, self._scratch())
 
         def of_columns(first: int, end: int) -> None:
-            operands = (*read, b_KN.data_ptr() + _BYTES * first * right, *b_KN.stride(), made + _BYTES * first, *rest)
-            self._one(0, rows, end - first, inputs, *operands, self._scratch())
+            part = (b_KN.data_ptr() + size * first * right, *b_KN.stride(), made + out_size * first)
+            self._one(0, rows, end - first, inputs, *read, *part, *rest, self._scratch())
 
         # Each thread copies the columns that it needs: few of them, where there are few rows to pay for it.
         least = max(LEAST_ROWS, LEAST_WORK // max(1, min(rows, outputs) * inputs))
         share_out(max(rows, outputs), least, of_rows if rows >= outputs else of_columns)
         return out_RN
-
-    def batch(self, a_BRK: Tensor, b_BKN: Tensor, out_BRN: Tensor, *, add: bool = False) -> Tensor:
-        """``a @ b`` of every pair into ``out``, whose rows are contiguous each, or added to it."""
-        a_BRK, b_BKN = _stepping(a_BRK), _stepping(b_BKN)
-        (count, rows, inputs), outputs = a_BRK.shape, b_BKN.shape[2]
-        _fit(b_BKN.shape[:2] == (count, inputs) and out_BRN.shape == (count, rows, outputs), a_BRK, b_BKN, out_BRN)
-        _fit(outputs < 2 or out_BRN.stride(2) == 1, out_BRN)
-        read = (a_BRK.data_ptr(), *a_BRK.stride(), b_BKN.data_ptr(), *b_BKN.stride())
-        made = (out_BRN.data_ptr(), *out_BRN.stride()[:2], int(add))
-        share_out(count, 1, lambda x, y: self._batches(x, y, rows, outputs, inputs, *read, *made, self._scratch()))
-        return out_BRN
 
     def groups(self, a_RK: Tensor, b_GKN: Tensor, ends_G: Tensor) -> Tensor:
         """Each group of rows with its own matrix, [R, N]; ``ends``: int32 on the CPU."""
@@ -83,34 +77,31 @@ class Products:
         share_out(len(ends_G), 1, lambda x, y: self._groups(x, y, *sizes, *operands, self._scratch()))
         return out_RN
 
-    def inner_groups(self, a_RK: Tensor, b_KN: Tensor, ends_G: Tensor) -> Tensor:
-        """Sums over each group of inputs, [G, R, N]; ``ends``: int32 on the CPU."""
+    def inner_groups(self, a_RK: Tensor, b_KN: Tensor, ends_G: Tensor, out_GRN: Tensor | None = None) -> Tensor:
+        """Sums over each group of inputs, [G, R, N], to ``out`` where there is one; ``ends``: int32 on the CPU."""
         a_RK, b_KN, ends_G = _stepping(a_RK), _stepping(b_KN), ends_G.contiguous()
         rows, outputs = a_RK.shape[0], b_KN.shape[1]
         _fit(b_KN.shape[0] == a_RK.shape[1] and _ends_at(ends_G, a_RK.shape[1]), a_RK, b_KN, ends_G)
-        out_GRN = a_RK.new_empty(len(ends_G), rows, outputs)
+        out_GRN = a_RK.new_empty(len(ends_G), rows, outputs) if out_GRN is None else out_GRN
+        _fit(out_GRN.shape == (len(ends_G), rows, outputs) and out_GRN.is_contiguous(), a_RK, b_KN, out_GRN)
         operands = (a_RK.data_ptr(), *a_RK.stride(), b_KN.data_ptr(), *b_KN.stride(), out_GRN.data_ptr())
         sizes = (ends_G.data_ptr(), rows, outputs)
         share_out(len(ends_G), 1, lambda x, y: self._inner(x, y, *sizes, *operands, self._scratch()))
         return out_GRN
 
     def _scratch(self) -> int:
-        """Address of this thread's own room."""
-        if not hasattr(self._kept, "room"):
-            self._kept.room = torch.empty(self._room, dtype=torch.float32, device="cpu")
-        address: int = self._kept.room.data_ptr()
-        return address
+        return self._kept(self._room)
 
 
 @functools.cache
-def products() -> Products | None:
+def products(dtype: torch.dtype) -> Products | None:
     """The compiled functions; None where there is no compiler, they are switched off or torch's own are faster."""
     compiled = library() if _vendor() == VENDOR else None
-    return None if compiled is None else Products(compiled)
+    there = compiled is not None and form_of(compiled, "product_rows", dtype) is not None
+    return Products(compiled, dtype) if compiled is not None and there else None
 
 
-def _typed(compiled: ctypes.CDLL, name: str, kinds: str) -> ctypes._NamedFuncPointer:
-    function = getattr(compiled, name)
+def _typed(function: Any, kinds: str) -> Any:
     function.restype = None
     function.argtypes = [c_void_p if kind == "p" else c_int64 for kind in kinds.replace(" ", "")]
     return function

@@ -32,15 +32,23 @@ typedef struct {
 
 /* --- products ----------------------------------------------------------------------------------------------------- */
 
+/* What memory is asked for meanwhile: a line at `from` with the first input, then each `by` bytes further. */
+typedef struct {
+    const char *from;
+    int64_t by;
+} Ahead;
+#define NOTHING ((Ahead){NULL, 0})
+
 /* sum [rows, wide vectors] of x [rows, inputs], its rows and inputs `down` and `right` apart, and a panel's first vectors. */
 static inline __attribute__((always_inline)) void panel_sums(
     const int rows, const int wide, const float *x, int64_t down, int64_t right, const float *w, int64_t inputs,
-    V sum[TALL][WIDE]) {
+    Ahead ahead, V sum[TALL][WIDE]) {
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < wide; v++) sum[r][v] = (V){0};
     for (int64_t k = 0; k < inputs; k++, w += PANEL, x += right) {
         V in[WIDE];
         for (int v = 0; v < wide; v++) in[v] = *(const U *)(w + v * LANES);
+        if (ahead.from) __builtin_prefetch(ahead.from + k * ahead.by, 0, 2);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < wide; v++) sum[r][v] += x[r * down] * in[v];
     }
@@ -48,9 +56,9 @@ static inline __attribute__((always_inline)) void panel_sums(
 
 static inline __attribute__((always_inline)) void tile(
     const int rows, const int wide, const float *x, int64_t down, int64_t right, const float *w, int64_t inputs, float *out,
-    int64_t ldo, int64_t columns, int add) {
+    int64_t ldo, int64_t columns, int add, Ahead ahead) {
     V sum[TALL][WIDE];
-    panel_sums(rows, wide, x, down, right, w, inputs, sum);
+    panel_sums(rows, wide, x, down, right, w, inputs, ahead, sum);
     for (int r = 0; r < rows; r++) {
         float *to = out + r * ldo;
         if (columns == wide * LANES) {
@@ -74,14 +82,14 @@ static inline void product(int64_t rows, const float *x, int64_t ldx, const Matr
             const float *from = x + r * ldx;
             float *to = out + r * ldo + first;
             switch (rows - r) {
-            case 1: tile(1, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
-            case 2: tile(2, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
-            case 3: tile(3, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
+            case 1: tile(1, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add, NOTHING); break;
+            case 2: tile(2, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add, NOTHING); break;
+            case 3: tile(3, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add, NOTHING); break;
 #if TALL == 6
-            case 4: tile(4, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
-            case 5: tile(5, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add); break;
+            case 4: tile(4, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add, NOTHING); break;
+            case 5: tile(5, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add, NOTHING); break;
 #endif
-            default: tile(TALL, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add);
+            default: tile(TALL, WIDE, from, ldx, 1, w, m->inputs, to, ldo, columns, add, NOTHING);
             }
         }
     }
@@ -113,6 +121,12 @@ static inline void product(int64_t rows, const float *x, int64_t ldx, const Matr
         return PICK(below, (V){0}, NAME##_between(PICK(below, (V){0}, x)));                                           \
     }
 EXPONENTIAL(exponential, pick, V, I)
+
+/* e^x for x <= 0; below e^-87 it stays there, and what is no number stays none. */
+static inline V below_one(V x) {
+    const V least = (V){0} - 87.0f;
+    return exponential_between(pick(x < least, least, x));
+}
 
 static inline float total(V v) {
     float sum = 0;

@@ -14,7 +14,7 @@
 static inline __attribute__((always_inline)) void block(
     const int rows, const int wide, const float *x, int64_t ldx, const float *w, int64_t inputs, float *out, int64_t ldo) {
     V sum[TALL][WIDE];
-    panel_sums(rows, wide, x, ldx, 1, w, inputs, sum);
+    panel_sums(rows, wide, x, ldx, 1, w, inputs, NOTHING, sum);
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < wide; v++) *(U *)(out + r * ldo + v * LANES) = sum[r][v];
 }
@@ -48,12 +48,6 @@ static void panels(
 }
 
 /* --- softmax ------------------------------------------------------------------------------------------------------ */
-
-/* e^x for x <= 0; below e^-87 it stays there. */
-static inline V below_one(V x) {
-    const V least = (V){0} - 87.0f;
-    return exponential_between(pick(x > least, x, least));
-}
 
 /* scores [L, filled up to whole vectors] become e^(score - highest); their sum, and the logarithm of the real one. */
 static inline float weigh(float *scores, int64_t length, float *log_sum) {

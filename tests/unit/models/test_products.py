@@ -17,7 +17,7 @@ from omni_ray.models.products import Linear, add_product, batched_product, group
 
 
 @pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Products:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, Products]:
     """The compiled form on every processor, whether or not it would be chosen there."""
     found = library()
     if found is None:
