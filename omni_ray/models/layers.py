@@ -172,9 +172,7 @@ def weighted_swiglu(gate_up_MF2: Tensor, share_M1: Tensor) -> Tensor:
     return swiglu_forward(gate_up_MF2)[0].mul_(share_M1.to(gate_up_MF2.dtype))
 
 
-def weighted_swiglu_backward(
-    grad_MF: Tensor, gate_up_MF2: Tensor, share_M1: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_swiglu_backward(grad_MF: Tensor, gate_up_MF2: Tensor, share_M1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`weighted_swiglu` with respect to both, [M, 2F] and [M] in fp32, and its result again, [M, F]."""
     compiled = _passes(grad_MF, gate_up_MF2)
     if compiled is not None:

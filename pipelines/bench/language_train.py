@@ -1,7 +1,8 @@
 """Language training: forward + backward over the LongcatFlash of transformers, and the share of the matmul peak.
 
 Both sides hold the same weights (theirs, through ``save_pretrained``), see the same batch, take the loss over the whole
-vocabulary, run in one process on one thread, in turns, and must agree on the loss before anything is timed.
+vocabulary, run on one thread, in turns, each in a process of its own as its users run it (freed memory of one side would
+serve the other, by chance), and must agree on the loss before anything is timed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,16 @@ from omni_ray.training.memory import keep_freed_memory
 from omni_ray.types.errors import OmniError
 from pipelines.bench.deterministic import deterministic_cost
 from pipelines.bench.language_configs import LARGE, SMALL
+from pipelines.bench.own_process import OwnProcess, Side
 from pipelines.bench.writer import BenchReport, Figure, alternate, environment, measured
 from pipelines.live_bytes import LiveBytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {("small", "fp32"): 1.7, ("small", "bf16"): 1.8, ("large", "fp32"): 6.5, ("large", "bf16"): 6.0}
 PEAK_GOALS = {"fp32": 0.6, "bf16": 0.5}
+STARTS = {("large", "bf16"): 3}
+"""Pairs of processes that a case is measured in, else one. Steps of theirs take 5 to 10 s here by the luck of a process's
+heap: gradients of 16 MiB, just at the C library's limit, go back to the system and come again page by page, or stay."""
 PEAK_SIDE = 2048
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 
@@ -69,7 +75,7 @@ def run(*, quick: bool = False, seed: int = 0) -> BenchReport:
     repeats = 5 if quick else 7
     figures = [figure for case in CASES for figure in _speedup(case, 5 if case.size == "large" else repeats, seed)]
     figures += [figure for case in CASES[2:] for figure in _peak_share(case, repeats, seed, kept=False)]
-    # From here on, for the whole process: the comparison above ran with the system's own behaviour on both sides.
+    # From here on, for this process; those of the comparison above had the system's own behaviour.
     if keep_freed_memory():
         figures += [figure for case in CASES[2:] for figure in _peak_share(case, repeats, seed, kept=True)]
     figures += _recompute(seed)
@@ -143,8 +149,8 @@ def timed(step: Callable[..., Tensor], model: Any, ids: Tensor, labels: Tensor) 
 def checked_step(model: Any, ids: Tensor, labels: Tensor, *, again: bool) -> tuple[float, float]:
     """Loss and seconds of their first step, or of a second one where a step is short enough to feel the warm-up.
 
-    At the large configuration a step of theirs takes a quarter of a minute, nearly all of it products and gradients of
-    expert weights: it is made once, for the loss and to choose the attention, before the runs that count.
+    At the large configuration a step of theirs takes several seconds, nearly all of it products and gradients of expert
+    weights: it is made once, for the loss and to choose the attention, before the runs that count.
     """
     loss, seconds = 0.0, 0.0
     for _ in range(2 if again else 1):
@@ -156,28 +162,55 @@ def checked_step(model: Any, ids: Tensor, labels: Tensor, *, again: bool) -> tup
     return loss, seconds
 
 
-def _speedup(case: Case, repeats: int, seed: int) -> list[Figure]:
+def theirs(case: Case, seed: int, folder: Path) -> Side:
+    """Their side, with the faster of its attentions: its name and the losses of all; the weights lie in ``folder``."""
+    torch.set_num_threads(1)
     ids, labels = draw_batch(case, seed)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = reference_models(case, seed, Path(folder))
-        ours = LanguageModel.from_pretrained(folder).to(DTYPES[case.dtype])
-    losses, first_s = {"ours": float(our_step(ours, ids, labels))}, {}
-    for name, model in theirs.items():
-        losses[name], first_s[name] = checked_step(model, ids, labels, again=case.size == "small")
-    apart = max(losses.values()) - min(losses.values())
-    if not apart <= LOSS_TOLERANCE[case.dtype] * abs(losses["ours"]):
-        raise OmniError(f"the sides of {case.size} {case.dtype} do not compute the same: losses {losses}")
-    fastest = min(first_s, key=lambda name: first_s[name])
-    times = alternate(
-        {fastest: timed(their_step, theirs[fastest], ids, labels), "ours": timed(our_step, ours, ids, labels)},
-        repeats,
-        timed(our_step, ours, ids, labels),
+        models = reference_models(case, seed, folder)
+    checked = {name: checked_step(model, ids, labels, again=case.size == "small") for name, model in models.items()}
+    fastest = min(checked, key=lambda name: checked[name][1])
+    return (fastest, {name: loss for name, (loss, _) in checked.items()}), timed(
+        their_step, models.pop(fastest), ids, labels
     )
-    tokens = ids.numel()
+
+
+def ours(case: Case, seed: int, folder: Path) -> Side:
+    """Our side over the weights in ``folder``: the loss; two steps were made, as they were of theirs."""
+    torch.set_num_threads(1)
+    ids, labels = draw_batch(case, seed)
+    model = LanguageModel.from_pretrained(folder).to(DTYPES[case.dtype])
+    step = timed(our_step, model, ids, labels)
+    step()
+    model.zero_grad(set_to_none=True)
+    return float(our_step(model, ids, labels)), step
+
+
+def _turns(case: Case, repeats: int, seed: int) -> tuple[str, dict[str, tuple[float, ...]]]:
+    """Seconds of each run of both sides, made anew, and the attention of theirs."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as sides:
+        their_side = sides.enter_context(OwnProcess(theirs, case, seed, Path(folder)))
+        our_side = sides.enter_context(OwnProcess(ours, case, seed, Path(folder)))
+        fastest, their_losses = their_side.told
+        losses = {"ours": our_side.told, **their_losses}
+        if not max(losses.values()) - min(losses.values()) <= LOSS_TOLERANCE[case.dtype] * abs(losses["ours"]):
+            raise OmniError(f"the sides of {case.size} {case.dtype} do not compute the same: losses {losses}")
+        return fastest, alternate({"theirs": their_side, "ours": our_side}, repeats, our_side)
+
+
+def _speedup(case: Case, repeats: int, seed: int) -> list[Figure]:
+    fastest, times = set[str](), dict[str, list[float]](theirs=[], ours=[])
+    for _ in range(STARTS.get((case.size, case.dtype), 1)):
+        attention, seconds = _turns(case, repeats, seed)
+        fastest.add(attention)
+        for side, runs in seconds.items():
+            times[side] += runs
+    tokens = case.shape[0] * case.shape[1]
     name = f"{case.size}_{{}}_{case.dtype}"
-    against = f"transformers LongcatFlash, {fastest} (the faster of its attentions), same weights and batch"
-    ratios = [theirs_s / ours_s for theirs_s, ours_s in zip(times[fastest], times["ours"], strict=True)]
+    chosen = " or ".join(sorted(fastest))
+    against = f"transformers LongcatFlash, {chosen} (the faster of its attentions), same weights and batch"
+    ratios = [theirs_s / ours_s for theirs_s, ours_s in zip(times["theirs"], times["ours"], strict=True)]
     goal = GOALS[case.size, case.dtype]
     return [
         measured(name.format("speedup"), ratios, unit="ratio", better="higher", goal=goal, against=against),

@@ -11,6 +11,8 @@
 
 #define QUERIES (64 * STEP) /* queries of one step of the backward, whose slopes for all keys fit into the second cache */
 
+#define SOON 8 /* rows before it is read, a row is asked for */
+
 #if LANES == 16
 #define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
 #define SIGNS -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1
@@ -79,6 +81,7 @@ static void turned_queries(const Attended *a, Item item, int64_t first, int64_t 
     const int64_t dim = a->nope + a->rope;
     for (int64_t r = item.first + first; r < item.first + first + rows; r++, to += even(dim)) {
         const E *from = a->q + (r * a->heads + item.head) * dim;
+        ask_for(from + SOON * a->heads * dim, dim * (int64_t)sizeof(E));
         memcpy(to, from, (size_t)a->nope * sizeof *to);
         turn_row(from + a->nope, a->cos + r * (a->rope / 2), a->sin + r * (a->rope / 2), a->rope, to + a->nope);
         if (dim % STEP) to[dim] = 0;
@@ -90,6 +93,7 @@ static void keys_and_values(const Attended *a, Item item, E *keys, E *values) {
     const int64_t dim = a->nope + a->rope, wide = a->nope + a->value;
     for (int64_t r = item.first; r < item.first + item.length; r++, keys += even(dim), values += even(a->value)) {
         const E *from = a->kv + (r * a->heads + item.head) * wide;
+        ask_for(from + SOON * a->heads * wide, wide * (int64_t)sizeof(E));
         memcpy(keys, from, (size_t)a->nope * sizeof *keys);
         turn_row(a->k_rope + r * a->rope_down, a->cos + r * (a->rope / 2), a->sin + r * (a->rope / 2), a->rope,
                  keys + a->nope);
@@ -104,13 +108,17 @@ static void all_panels(Strided b, int64_t depth, int64_t columns, E *to) {
     for (int64_t c = 0; c < columns; c += PANEL) copy_panel(b, depth, c, least(columns - c, PANEL), to + c * even(depth));
 }
 
-/* out [rows, columns] = x [rows, depth], rows `down` apart, and panels whose own depth is `panel_depth`; at most TALL rows. */
+/* Columns `first` to `end` of out [rows, end] = x [rows, depth], rows `down` apart, and panels whose own depth is
+ * `panel_depth`; at most TALL rows, and `first` is a multiple of LANES. */
 static void strip_sums(
-    int64_t rows, const E *x, int64_t down, int64_t right, const E *panels, int64_t panel_depth, int64_t depth,
-    int64_t columns, float *out, int64_t out_down, int add) {
-    for (int64_t c = 0; c < columns; c += PANEL)
-        panel_rows(rows, x, down, right, panels + c * even(panel_depth), steps_of(depth), out + c, out_down, NULL, 0,
-                   least(columns - c, PANEL), add, NOTHING);
+    int64_t rows, const E *x, int64_t down, int64_t right, const E *panels, int64_t panel_depth, int64_t depth, int64_t first,
+    int64_t end, float *out, int64_t out_down, int add) {
+    for (int64_t c = first; c < end;) {
+        const int64_t inside = c % PANEL, columns = least(end - c, PANEL - inside);
+        panel_rows(rows, x, down, right, panels + (c - inside) * even(panel_depth) + inside * STEP, steps_of(depth), out + c,
+                   out_down, NULL, 0, columns, add, NOTHING);
+        c += columns;
+    }
 }
 
 /* --- forward ------------------------------------------------------------------------------------------------------ */
@@ -162,11 +170,11 @@ static void attend_item(const Attended *a, Item item, E *out, float *log_sum, vo
     for (int64_t first = 0; first < length; first += TALL) {
         const int64_t rows = least(length - first, TALL), reach = first + rows, filled = whole(reach, LANES);
         turned_queries(a, item, first, rows, queries);
-        strip_sums(rows, queries, dim, STEP, key_panels, dim, dim, reach, scores, width, 0);
+        strip_sums(rows, queries, dim, STEP, key_panels, dim, dim, 0, reach, scores, width, 0);
         float all[TALL];
         for (int64_t r = 0; r < rows; r++)
             all[r] = weigh(scores + r * width, first + r + 1, filled, shares + r * width, log_sum + first + r);
-        strip_sums(rows, shares, width, STEP, value_panels, length, reach, value, mixed, whole(value, PANEL), 0);
+        strip_sums(rows, shares, width, STEP, value_panels, length, reach, 0, value, mixed, whole(value, PANEL), 0);
         for (int64_t r = 0; r < rows; r++)
             narrow_row(out + ((item.first + first + r) * a->heads + item.head) * value, mixed + r * whole(value, PANEL),
                        1.0f / all[r], value);
@@ -242,6 +250,8 @@ static void read_block(
     turned_queries(a, item, first, rows, p->queries);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t at = ((item.first + first + r) * a->heads + item.head) * value;
+        ask_for(out + at + SOON * a->heads * value, value * (int64_t)sizeof(E));
+        ask_for(grad + at + SOON * a->heads * value, value * (int64_t)sizeof(E));
         V along = (V){0};
         EACH_VECTOR(value, along += widened(out + at + i, count) * widened(grad + at + i, count);)
         p->delta[r] = total(along);
@@ -270,19 +280,18 @@ static void slopes_of(const Parts *p, int64_t r, int64_t first, int64_t seen, in
 
 /* A few keys against the block's queries: their own gradients and values', and dS^T. */
 static void few_keys(const Attended *a, int64_t first, int64_t rows, int64_t block, int64_t queries, Parts *p) {
-    const int64_t dim = even(a->nope + a->rope), value = a->value, filled = whole(queries, PANEL);
-    /* Whole panels of queries before these keys see none of them. */
-    const int64_t from = first > block ? (first - block) / PANEL * PANEL : 0, depth = queries - from;
+    const int64_t dim = even(a->nope + a->rope), value = a->value, filled = whole(queries, LANES);
+    /* Whole vectors of queries before these keys see none of them. */
+    const int64_t from = first > block ? (first - block) / LANES * LANES : 0, depth = queries - from;
     E *slopes = p->slopes + first * QUERIES;
-    strip_sums(rows, p->keys + first * dim, dim, STEP, p->query_columns + from * dim, dim, dim, filled - from,
-               p->scores + from, QUERIES, 0);
-    strip_sums(rows, p->values + first * even(value), even(value), STEP, p->grad_columns + from * even(value), value, value,
-               filled - from, p->steeps + from, QUERIES, 0);
+    strip_sums(rows, p->keys + first * dim, dim, STEP, p->query_columns, dim, dim, from, filled, p->scores, QUERIES, 0);
+    strip_sums(rows, p->values + first * even(value), even(value), STEP, p->grad_columns, value, value, from, filled,
+               p->steeps, QUERIES, 0);
     for (int64_t r = 0; r < rows; r++)
         slopes_of(p, r, from, most(first + r - block, 0), filled, p->shares + r * QUERIES, slopes + r * QUERIES);
-    strip_sums(rows, p->shares + from, QUERIES, STEP, p->grad_panels + from * PANEL, queries, depth, value,
+    strip_sums(rows, p->shares + from, QUERIES, STEP, p->grad_panels + from * PANEL, queries, depth, 0, value,
                p->of_values + first * value, value, 1);
-    strip_sums(rows, slopes + from, QUERIES, STEP, p->query_panels + from * PANEL, queries, depth, dim,
+    strip_sums(rows, slopes + from, QUERIES, STEP, p->query_panels + from * PANEL, queries, depth, 0, dim,
                p->of_keys + first * dim, dim, 1);
 }
 
@@ -293,7 +302,7 @@ static void of_block(const Attended *a, Item item, int64_t block, int64_t querie
     for (int64_t r = 0; r < queries; r += TALL) {
         const int64_t rows = least(queries - r, TALL);
         strip_sums(rows, p->strips + r / TALL * strip_elements(reach), STEP, TALL * STEP, p->key_panels, item.length,
-                   block + r + rows, dim, p->of_queries + r * even(dim), even(dim), 0);
+                   block + r + rows, 0, dim, p->of_queries + r * even(dim), even(dim), 0);
     }
     for (int64_t r = 0; r < queries; r++) {
         const int64_t row = item.first + block + r;

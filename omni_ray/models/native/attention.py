@@ -102,7 +102,9 @@ class _Shape(NamedTuple):
         fits = kv.shape[:2] == (rows, heads) and len(k_rope) == rows and cos.shape == sin.shape == (rows, rope // 2)
         whole = all(x.is_contiguous() for x in (q, kv, cos, sin)) and (rope < 2 or k_rope.stride(1) == 1)
         ends = list(cu_seqlens)
-        if not (fits and whole and rope % 2 == 0 and min(nope, value) >= 0 and ends == sorted(ends) and ends[-1] == rows):
+        if not (
+            fits and whole and rope % 2 == 0 and min(nope, value) >= 0 and ends == sorted(ends) and ends[-1] == rows
+        ):
             shapes = ", ".join(str(list(x.shape)) for x in operands)
             raise RuntimeError(f"attention cannot take {shapes} over sequences {ends}")
         longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)

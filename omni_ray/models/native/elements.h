@@ -124,6 +124,11 @@ static inline V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
 
 #endif
 
+/* Memory brings a row of `bytes`, of many that lie too far apart for the processor to foresee. */
+static inline void ask_for(const void *row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch((const char *)row + at, 0, 3);
+}
+
 /* --- copies ------------------------------------------------------------------------------------------------------- */
 
 #if LANES == 16
@@ -214,10 +219,8 @@ static inline void copy_strips(Strided a, int64_t rows, int64_t depth, E *to) {
         const E *from = a.values + STEP * k * a.right;
         E *at = to + k * TALL * STEP;
         int64_t r = 0;
-        /* Rows far apart are foreseen by no processor. */
         for (int64_t s = 0; a.down == 1 && s < STEP; s++)
-            for (int64_t c = 0; c < rows; c += LINE / (int64_t)sizeof(E))
-                __builtin_prefetch(from + (8 * STEP + s) * a.right + c, 0, 3);
+            ask_for(from + (8 * STEP + s) * a.right, rows * (int64_t)sizeof(E));
         for (; a.down == 1 && r + 8 <= rows; r += TALL, at += next) {
 #ifdef HALF
             const __m128i none = _mm_setzero_si128(), first = _mm_loadu_si128((const void *)(from + r));
@@ -281,11 +284,18 @@ static inline __attribute__((always_inline)) void element_tile(
 
 #endif
 
-/* Half a panel's width where the last has no more: columns of zeros cost as much as others. */
+#define TILE(COUNT, COLUMNS, RIGHT, DOWN)                                                                             \
+    element_tile(COUNT, COLUMNS, x, DOWN, RIGHT, w, steps, sums, sums_down, out, out_down, columns, add, ahead)
+/* As few vectors as hold the columns: those of zeros cost as much as others. */
+#if WIDE == 4
 #define STRIP(COUNT, RIGHT, DOWN)                                                                                     \
-    (columns <= PANEL / 2                                                                                             \
-         ? element_tile(COUNT, WIDE / 2, x, DOWN, RIGHT, w, steps, sums, sums_down, out, out_down, columns, add, ahead) \
-         : element_tile(COUNT, WIDE, x, DOWN, RIGHT, w, steps, sums, sums_down, out, out_down, columns, add, ahead))
+    (columns > 3 * LANES   ? TILE(COUNT, 4, RIGHT, DOWN)                                                              \
+     : columns > 2 * LANES ? TILE(COUNT, 3, RIGHT, DOWN)                                                              \
+     : columns > LANES     ? TILE(COUNT, 2, RIGHT, DOWN)                                                              \
+                           : TILE(COUNT, 1, RIGHT, DOWN))
+#else
+#define STRIP(COUNT, RIGHT, DOWN) (columns > LANES ? TILE(COUNT, 2, RIGHT, DOWN) : TILE(COUNT, 1, RIGHT, DOWN))
+#endif
 
 /* At most TALL rows of x, read as they lie (`right` is STEP) or from a strip, and one panel. */
 static inline void panel_rows(

@@ -31,7 +31,15 @@ class LayerPasses:
         """``x / rms(x) * gain`` and 1 / rms(x), [R, 1] in fp32; ``gain`` fp32, rows of ``x`` may lie apart."""
         rows, size = x_RD.shape
         out_RD, scale_R1 = x_RD.new_empty(rows, size), x_RD.new_empty(rows, 1, dtype=torch.float32)
-        read = (c_int64(size), _at(x_RD), c_int64(x_RD.stride(0)), _at(gain_D), c_float(eps), _at(out_RD), _at(scale_R1))
+        read = (
+            c_int64(size),
+            _at(x_RD),
+            c_int64(x_RD.stride(0)),
+            _at(gain_D),
+            c_float(eps),
+            _at(out_RD),
+            _at(scale_R1),
+        )
         share_out(rows, LEAST_ROWS, lambda a, b: self._norm(c_int64(a), c_int64(b), *read))
         return out_RD, scale_R1
 

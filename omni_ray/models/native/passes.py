@@ -15,6 +15,7 @@ from torch import Tensor
 from omni_ray.models.native.library import library
 from omni_ray.models.native.threads import LEAST_ROWS, share_out
 
+
 class Passes:
     """The compiled functions over contiguous fp32 tensors on the CPU; a row's bits do not depend on the threads."""
 
