@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_slopes(logits_CV: Tensor, label_C1: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of every row in fp32 at least, and softmax - onehot in the dtype of the logits, which it replaces."""
+    """Cross-entropy of every row in fp32 at least, and softmax - onehot in place of the logits, in their dtype."""
     compiled = layer_passes(logits_CV.dtype) if compiled_takes(logits_CV) else None
     if compiled is not None:
         loss_C = compiled.cross_entropy(logits_CV, label_C1.contiguous(), slopes=wanted)

@@ -173,7 +173,7 @@ def weighted_swiglu(gate_up_MF2: Tensor, share_M1: Tensor) -> Tensor:
 
 
 def weighted_swiglu_backward(grad_MF: Tensor, gate_up_MF2: Tensor, share_M1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`weighted_swiglu` with respect to both, [M, 2F] and [M] in fp32, and its result again, [M, F]."""
+    """Gradients of :func:`weighted_swiglu` for both, [M, 2F] and [M] in fp32, and its result again, [M, F]."""
     compiled = _passes(grad_MF, gate_up_MF2)
     if compiled is not None:
         given = (grad_MF.contiguous(), gate_up_MF2.contiguous(), share_M1.float().contiguous())

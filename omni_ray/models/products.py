@@ -41,7 +41,7 @@ def add_product(total_RN: Tensor, a_RK: Tensor, b_KN: Tensor) -> None:
 
 
 def grouped_gradient(x_AM: Tensor, grad_MB: Tensor, ends_G: Tensor, out_GAB: Tensor) -> None:
-    """``x @ grad`` over each group of rows, written to ``out``, which is contiguous: :func:`grouped_product`'s weights'.
+    """``x @ grad`` over each group of rows, the gradient of the groups' matrices, written to ``out``, contiguous.
 
     Args:
         x_AM: [A, M].  grad_MB: [M, B].

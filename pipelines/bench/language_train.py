@@ -1,8 +1,8 @@
 """Language training: forward + backward over the LongcatFlash of transformers, and the share of the matmul peak.
 
 Both sides hold the same weights (theirs, through ``save_pretrained``), see the same batch, take the loss over the whole
-vocabulary, run on one thread, in turns, each in a process of its own as its users run it (freed memory of one side would
-serve the other, by chance), and must agree on the loss before anything is timed.
+vocabulary, run on one thread, in turns, each in a process of its own as its users run it (freed memory of one side
+would serve the other, by chance), and must agree on the loss before anything is timed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GOALS = {("small", "fp32"): 1.7, ("small", "bf16"): 1.8, ("large", "fp32"): 6.5, ("large", "bf16"): 6.0}
 PEAK_GOALS = {"fp32": 0.6, "bf16": 0.5}
 STARTS = {("large", "bf16"): 3}
-"""Pairs of processes that a case is measured in, else one. Steps of theirs take 5 to 10 s here by the luck of a process's
-heap: gradients of 16 MiB, just at the C library's limit, go back to the system and come again page by page, or stay."""
+"""Pairs of processes that a case is measured in, else one. Steps of theirs take 5 to 10 s here by the luck of the heap:
+gradients of 16 MiB, at the C library's limit, go back to the system and come again page by page, or stay."""
 PEAK_SIDE = 2048
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 

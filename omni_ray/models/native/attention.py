@@ -67,8 +67,8 @@ class Attention:
     def _share(self, function: Any, room: Any, shape: _Shape, operands: Operands, *given: Tensor) -> None:
         """Every sequence's head is worth a thread."""
         sizes = [c_int64(x) for x in (shape.nope, shape.rope, shape.value)]
-        read = [c_void_p(x.data_ptr()) for x in operands]
-        read.insert(3, c_int64(operands.k_rope_TR.stride(0)))
+        q, kv, k_rope, cos, sin = (c_void_p(x.data_ptr()) for x in operands)
+        read = (q, kv, k_rope, c_int64(operands.k_rope_TR.stride(0)), cos, sin)
         made = [c_void_p(x.data_ptr()) for x in given]
         ends = torch.tensor(shape.cu_seqlens, dtype=torch.int32, device="cpu")
         bytes_ = int(room(c_int64(shape.longest), *sizes))
@@ -102,9 +102,8 @@ class _Shape(NamedTuple):
         fits = kv.shape[:2] == (rows, heads) and len(k_rope) == rows and cos.shape == sin.shape == (rows, rope // 2)
         whole = all(x.is_contiguous() for x in (q, kv, cos, sin)) and (rope < 2 or k_rope.stride(1) == 1)
         ends = list(cu_seqlens)
-        if not (
-            fits and whole and rope % 2 == 0 and min(nope, value) >= 0 and ends == sorted(ends) and ends[-1] == rows
-        ):
+        packed = ends[:1] == [0] and ends == sorted(ends) and ends[-1] == rows
+        if not (fits and whole and packed and rope % 2 == 0 and min(nope, value) >= 0):
             shapes = ", ".join(str(list(x.shape)) for x in operands)
             raise RuntimeError(f"attention cannot take {shapes} over sequences {ends}")
         longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)

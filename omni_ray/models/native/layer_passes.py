@@ -31,16 +31,9 @@ class LayerPasses:
         """``x / rms(x) * gain`` and 1 / rms(x), [R, 1] in fp32; ``gain`` fp32, rows of ``x`` may lie apart."""
         rows, size = x_RD.shape
         out_RD, scale_R1 = x_RD.new_empty(rows, size), x_RD.new_empty(rows, 1, dtype=torch.float32)
-        read = (
-            c_int64(size),
-            _at(x_RD),
-            c_int64(x_RD.stride(0)),
-            _at(gain_D),
-            c_float(eps),
-            _at(out_RD),
-            _at(scale_R1),
-        )
-        share_out(rows, LEAST_ROWS, lambda a, b: self._norm(c_int64(a), c_int64(b), *read))
+        read = (c_int64(size), _at(x_RD), c_int64(x_RD.stride(0)), _at(gain_D), c_float(eps))
+        made = (_at(out_RD), _at(scale_R1))
+        share_out(rows, LEAST_ROWS, lambda a, b: self._norm(c_int64(a), c_int64(b), *read, *made))
         return out_RD, scale_R1
 
     def rms_back(self, grad_RD: Tensor, x_RD: Tensor, gain_D: Tensor, scale_R1: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,9 +70,13 @@ class LayerPasses:
     def cross_entropy(self, logits_RV: Tensor, labels_R: Tensor, *, slopes: bool) -> Tensor:
         """Loss of every row in fp32; with ``slopes`` the logits become softmax - onehot.
 
-        Labels must lie in 0..V-1.
+        Raises:
+            IndexError: a label that is none of the vocabulary.
         """
         rows, size = logits_RV.shape
+        bad_R = labels_R[(labels_R < 0) | (labels_R >= size)]
+        if len(bad_R):
+            raise IndexError(f"label {int(bad_R[0])} lies outside of the vocabulary, 0 to {size - 1}")
         loss_R = logits_RV.new_empty(rows, dtype=torch.float32)
         read = (c_int64(size), _at(logits_RV), _at(labels_R), _at(loss_R), c_int64(int(slopes)))
         share_out(rows, 1, lambda a, b: self._loss(c_int64(a), c_int64(b), *read))

@@ -77,7 +77,7 @@ def _watched() -> bool:
     return not all(getattr(mode, "only_memory", False) for mode in _get_current_dispatch_mode_stack())
 
 
-def form_of(compiled: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any | None:
+def form_of(compiled: ctypes.CDLL, name: str, dtype: torch.dtype) -> Any:
     """The function for operands of ``dtype``, fp32 or bf16; None where there is none."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None

@@ -23,9 +23,9 @@ VENDOR = "AuthenticAMD"
 
 
 class Products:
-    """The compiled functions over matrices of one dtype on the CPU; an element's bits feel neither threads nor neighbours.
+    """The compiled functions over matrices of one dtype on the CPU.
 
-    Sums are fp32, whatever the dtype; those of bf16 are rounded once.
+    An element's bits feel neither threads nor neighbours. Sums are fp32, whatever the dtype; bf16 is rounded to once.
     """
 
     def __init__(self, compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -38,9 +38,7 @@ class Products:
                 ("product_inner_groups", "nn p nn pnn pnn p p"),
             )
         )
-        room = form_of(compiled, "product_scratch_bytes", dtype)
-        assert room is not None
-        self._room = int(room())
+        self._room = int(form_of(compiled, "product_scratch_bytes", dtype)())
         self._kept = Scratch()
 
     def __call__(self, a_RK: Tensor, b_KN: Tensor, total_RN: Tensor | None = None) -> Tensor:

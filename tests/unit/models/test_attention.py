@@ -15,10 +15,23 @@ from omni_ray.inference.row_weights import row_weights
 from omni_ray.models import packed_attention as packed
 from omni_ray.models.attention import LatentAttention
 from omni_ray.models.llm import LanguageModel
+from omni_ray.models.native.attention import attention
 from omni_ray.models.rope import Turn, rope_tables
 
 NOPE, ROPE, VALUE, HEADS = 5, 4, 7, 3
 PACKINGS = [[1], [16, 16], [3, 40, 17, 1, 33], [150, 20], [600, 9]]
+FORMS = ("compiled", "plain")
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled functions, and the form without a compiler."""
+    name: str = request.param
+    if name == "plain":
+        monkeypatch.setattr(packed, "attention", lambda _: None)
+    elif attention(torch.float32) is None:
+        pytest.skip("no C compiler")
+    return name
 
 
 def cu_of(lengths: list[int]) -> list[int]:
@@ -62,9 +75,10 @@ def layout_of(lengths: list[int]) -> packed.PackedLayout:
 
 
 @pytest.mark.parametrize("lengths", PACKINGS, ids=str)
-def test_forward_and_backward_equal_the_plain_equation(lengths: list[int]) -> None:
+def test_forward_and_backward_equal_the_plain_equation(lengths: list[int], form: str) -> None:
     ours, theirs = inputs(lengths), inputs(lengths)
     got = packed.packed_attention(*ours, NOPE, layout_of(lengths))
+    assert ("_Compiled" in type(got.grad_fn).__name__) == (form == "compiled")
     want = plain_attention(*theirs, lengths)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
@@ -108,7 +122,7 @@ def test_gradients_pass_gradcheck() -> None:
     )
 
 
-def test_a_sequence_has_the_same_bits_whoever_stands_beside_it() -> None:
+def test_a_sequence_has_the_same_bits_whoever_stands_beside_it(form: str) -> None:
     lengths = [20, 37, 5, 37, 130]
     tensors = inputs(lengths)
     together = packed.packed_attention(*tensors, NOPE, layout_of(lengths))
@@ -120,6 +134,8 @@ def test_a_sequence_has_the_same_bits_whoever_stands_beside_it() -> None:
 
 
 def test_recomputed_probabilities_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "attention", lambda _: None)  # the compiled form keeps none at all
+
     def gradients() -> list[Tensor | None]:
         tensors = inputs([140, 30])
         packed.packed_attention(*tensors, NOPE, layout_of([140, 30])).square().sum().backward()

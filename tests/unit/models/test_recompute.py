@@ -58,7 +58,7 @@ def activation_peak(mode: RecomputeMode, config: LanguageConfig, rows: int) -> i
 def test_less_is_kept_the_more_is_made_again() -> None:
     config = CONFIG.model_copy(update={"num_layers": 8})
     none, selective, full = (activation_peak(mode, config, 256) for mode in MODES)
-    assert selective < 0.75 * none
+    assert selective < 0.8 * none
     assert full < 0.45 * none
 
 
