@@ -59,7 +59,7 @@ def _loss_and_slopes(logits_CV: Tensor, label_C1: Tensor, wanted: bool) -> tuple
     """Cross-entropy of every row in fp32 at least, and softmax - onehot in place of the logits, in their dtype."""
     compiled = layer_passes(logits_CV.dtype) if compiled_takes(logits_CV) else None
     if compiled is not None:
-        loss_C = compiled.cross_entropy(logits_CV, label_C1.contiguous(), slopes=wanted)
+        loss_C = compiled.cross_entropy(logits_CV, label_C1.squeeze(1), slopes=wanted)
         return loss_C, logits_CV if wanted else None
     log_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.promote_types(logits_CV.dtype, torch.float32))
     loss_C = log_CV.gather(1, label_C1).squeeze(1).neg_()

@@ -98,13 +98,19 @@ class _GroupedExperts(torch.autograd.Function):
 class _WeightGradients:
     """Gradients of the experts' matrices, block after block: an expert whose rows end in a later block is added up."""
 
-    def __init__(self, *weights: Tensor) -> None:
-        self.sums = tuple(in_large_pages(torch.empty_like(weight)) for weight in weights)
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        self._weights = gate_up, down
         self._begun = 0
+        self.sums: tuple[Tensor, ...] = ()
 
     def add(self, experts: slice, ends_E: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
         """Sums over the block's rows, for each weight of a pair [A, M], [M, B]."""
-        first, end, _ = experts.indices(len(self.sums[0]))
+        count = len(self._weights[0])
+        first, end, _ = experts.indices(count)
+        if (first, end) == (0, count):
+            self.sums = tuple(grouped_gradient(x, grad, ends_E) for x, grad in pairs)
+            return
+        self.sums = self.sums or tuple(in_large_pages(weight.new_empty(weight.shape)) for weight in self._weights)
         for total, (x, grad) in zip(self.sums, pairs, strict=True):
             before = total[first].clone() if first < self._begun else None
             grouped_gradient(x, grad, ends_E, total[first:end])

@@ -32,7 +32,7 @@ def rms_scale(x32: Tensor, eps: float) -> Tensor:
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, gain: float) -> tuple[Tensor, Tensor]:
     """The norm without a graph, and the factor of every row that its backward needs."""
-    compiled = _passes(x, weight)
+    compiled = _passes(x, weight) if weight.shape == x.shape[-1:] else None
     if compiled is not None:
         out, scale = compiled.rms(_rows(x), weight.float() * gain, eps)
         return out.view(x.shape), scale.view(*x.shape[:-1], 1)
@@ -77,7 +77,7 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
         x, weight, scale = ctx.saved_tensors
-        compiled = _passes(x, weight, grad)
+        compiled = _passes(x, weight, grad) if weight.shape == x.shape[-1:] else None
         if compiled is None:
             return *rms_backward(grad, x, weight, scale, ctx.gain), None, None
         given = (_rows(grad).contiguous(), _rows(x), weight.float() * ctx.gain, scale)

@@ -281,7 +281,9 @@ def packed_attention(q_Thd: Tensor, kv_Thne: Tensor, k_rope_TR: Tensor, nope: in
     """
     if q_Thd.is_cuda:
         return fused_attention(q_Thd, kv_Thne, k_rope_TR, nope, layout)
-    compiled = attention(q_Thd.dtype) if compiled_takes(q_Thd, kv_Thne, k_rope_TR) else None
+    takes = compiled_takes(q_Thd, kv_Thne, k_rope_TR) and compiled_takes(layout.turn.cos_RP)
+    fits = takes and layout.turn.cos_RP.dtype == torch.float32 and k_rope_TR.stride(-1) == 1
+    compiled = attention(q_Thd.dtype) if fits else None
     out: Tensor
     if compiled is not None:
         out = _CompiledAttention.apply(compiled, layout, q_Thd.contiguous(), kv_Thne.contiguous(), k_rope_TR)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from omni_ray.models.large_pages import in_large_pages
 from omni_ray.models.native.library import compiled_takes
 from omni_ray.models.native.products import Products, products
 
@@ -40,19 +41,23 @@ def add_product(total_RN: Tensor, a_RK: Tensor, b_KN: Tensor) -> None:
         total_RN.add_(a_RK @ b_KN)
 
 
-def grouped_gradient(x_AM: Tensor, grad_MB: Tensor, ends_G: Tensor, out_GAB: Tensor) -> None:
-    """``x @ grad`` over each group of rows, the gradient of the groups' matrices, written to ``out``, contiguous.
+def grouped_gradient(x_AM: Tensor, grad_MB: Tensor, ends_G: Tensor, out_GAB: Tensor | None = None) -> Tensor:
+    """``x @ grad`` over each group of rows: the gradient of the groups' matrices.
 
     Args:
         x_AM: [A, M].  grad_MB: [M, B].
         ends_G: [G] int32, end of each group.
-        out_GAB: [G, A, B].
+        out_GAB: Written to where given; contiguous.
+    Returns:
+        [G, A, B].
     """
-    compiled = _compiled(x_AM, grad_MB, out_GAB)
+    compiled = _compiled(x_AM, grad_MB)
     if compiled is None:
-        out_GAB.copy_(grouped_product(x_AM, grad_MB, ends_G))
-    else:
-        compiled.inner_groups(x_AM, grad_MB, ends_G, out_GAB)
+        made = grouped_product(x_AM, grad_MB, ends_G)
+        return made if out_GAB is None else out_GAB.copy_(made)
+    if out_GAB is None:
+        out_GAB = in_large_pages(x_AM.new_empty(len(ends_G), x_AM.shape[0], grad_MB.shape[1]))
+    return compiled.inner_groups(x_AM, grad_MB, ends_G, out_GAB)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends_G: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Turn:
     """Cosine and sine of rows to rotate; rotates pairs (2i, 2i+1) of the last dim, in fp32 at least."""
 
     def __init__(self, cos_RP: Tensor, sin_RP: Tensor) -> None:
-        self.cos_RP, self.sin_RP = cos_RP, sin_RP
+        self.cos_RP, self.sin_RP = cos_RP.contiguous(), sin_RP.contiguous()
         self._phase_RP = torch.complex(cos_RP, sin_RP)
 
     def select(self, rows: Tensor) -> Turn:

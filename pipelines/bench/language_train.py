@@ -177,14 +177,11 @@ def theirs(case: Case, seed: int, folder: Path) -> Side:
 
 
 def ours(case: Case, seed: int, folder: Path) -> Side:
-    """Our side over the weights in ``folder``: the loss; two steps were made, as they were of theirs."""
+    """Our side over the weights in ``folder``: the loss."""
     torch.set_num_threads(1)
     ids, labels = draw_batch(case, seed)
     model = LanguageModel.from_pretrained(folder).to(DTYPES[case.dtype])
-    step = timed(our_step, model, ids, labels)
-    step()
-    model.zero_grad(set_to_none=True)
-    return float(our_step(model, ids, labels)), step
+    return float(our_step(model, ids, labels)), timed(our_step, model, ids, labels)
 
 
 def _turns(case: Case, repeats: int, seed: int) -> tuple[str, dict[str, tuple[float, ...]]]:
@@ -196,7 +193,7 @@ def _turns(case: Case, repeats: int, seed: int) -> tuple[str, dict[str, tuple[fl
         losses = {"ours": our_side.told, **their_losses}
         if not max(losses.values()) - min(losses.values()) <= LOSS_TOLERANCE[case.dtype] * abs(losses["ours"]):
             raise OmniError(f"the sides of {case.size} {case.dtype} do not compute the same: losses {losses}")
-        return fastest, alternate({"theirs": their_side, "ours": our_side}, repeats, our_side)
+        return fastest, alternate({"theirs": their_side, "ours": our_side}, repeats, lambda: (their_side(), our_side()))
 
 
 def _speedup(case: Case, repeats: int, seed: int) -> list[Figure]:

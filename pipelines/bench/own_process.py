@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
@@ -32,17 +33,22 @@ class OwnProcess:
         self._process = context.Process(target=_work, args=(there, make, arguments), daemon=True)
         self._process.start()
         there.close()
-        self.told: Any = self._answer()
+        try:
+            self.told: Any = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self) -> float:
         """One run."""
-        self._wire.send(True)
-        return float(self._answer())
+        return float(self._answer(True))
 
-    def _answer(self) -> Any:
+    def _answer(self, *asked: Any) -> Any:
         try:
+            for question in asked:
+                self._wire.send(question)
             good, value = self._wire.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join(PATIENCE_S)
             raise OmniError(
                 f"a side's process ended with code {self._process.exitcode}; see its output above"
@@ -57,19 +63,29 @@ class OwnProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process: by itself between two runs, killed if one goes on for long."""
         self._wire.close()
         self._process.join(PATIENCE_S)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join()
 
 
 def _work(wire: Connection, make: Callable[..., Side], arguments: tuple[Any, ...]) -> None:
+    with suppress(EOFError, OSError):  # nobody listens any more
+        good, made = _attempt(lambda: make(*arguments))
+        wire.send((good, made[0] if good else made))
+        while good and wire.recv():
+            good, value = _attempt(made[1])
+            wire.send((good, value))
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[bool, Any]:
+    """Whether it went well, and what it gave, or said."""
     try:
-        told, once = make(*arguments)
-        wire.send((True, told))
-        while wire.recv():
-            wire.send((True, once()))
-    except EOFError:
-        return
+        return True, work()
     except Exception:
-        wire.send((False, traceback.format_exc()))
+        return False, traceback.format_exc()

@@ -9,7 +9,7 @@
  */
 #include "elements.h"
 
-#define QUERIES (64 * STEP) /* queries of one step of the backward, whose slopes for all keys fit into the second cache */
+#define QUERIES (64 * STEP) /* of one step of the backward: their slopes for 2,000 keys take half of a second cache */
 
 #define SOON 8 /* rows before it is read, a row is asked for */
 
@@ -335,7 +335,7 @@ static void attend_item_back(
         narrow_row(to, x, 1.0f, a->nope);
         narrow_row(to + a->nope, p.of_values + r * value, 1.0f, value);
         turn_back(x + a->nope, a->cos + row * (a->rope / 2), a->sin + row * (a->rope / 2), a->rope);
-        memcpy(grad_rope + row * a->rope, x + a->nope, (size_t)a->rope * sizeof *x);
+        if (a->rope) memcpy(grad_rope + row * a->rope, x + a->nope, (size_t)a->rope * sizeof *x);
     }
 }
 

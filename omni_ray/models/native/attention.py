@@ -101,6 +101,7 @@ class _Shape(NamedTuple):
         nope, value = dim - rope, kv.shape[2] - (dim - rope)
         fits = kv.shape[:2] == (rows, heads) and len(k_rope) == rows and cos.shape == sin.shape == (rows, rope // 2)
         whole = all(x.is_contiguous() for x in (q, kv, cos, sin)) and (rope < 2 or k_rope.stride(1) == 1)
+        fits = fits and kv.dtype == k_rope.dtype == q.dtype and cos.dtype == sin.dtype == torch.float32
         ends = list(cu_seqlens)
         packed = ends[:1] == [0] and ends == sorted(ends) and ends[-1] == rows
         if not (fits and whole and packed and rope % 2 == 0 and min(nope, value) >= 0):

@@ -146,10 +146,13 @@ static inline void ask_for(const void *row, int64_t bytes) {
 #define INTERLEAVED(a, b, ...) __builtin_shuffle(a, b, (I){__VA_ARGS__})
 #endif
 
+/* A vector of steps wherever elements may lie. */
+typedef float Anywhere __attribute__((vector_size(LANES * 4), aligned(__alignof__(E)), may_alias));
+
 /* LANES rows of LANES steps, turned over the diagonal: each stage interleaves vector i with i + LANES / 2. */
 static inline void turned(const E *from, int64_t down, E *to, int64_t to_down) {
     V a[LANES], b[LANES];
-    for (int i = 0; i < LANES; i++) a[i] = *(const U *)(from + i * down);
+    for (int i = 0; i < LANES; i++) a[i] = *(const Anywhere *)(from + i * down);
     for (int stage = 0; stage < STAGES; stage++) {
         for (int i = 0; i < LANES / 2; i++) {
             b[2 * i] = INTERLEAVED(a[i], a[i + LANES / 2], EVEN_HALF);

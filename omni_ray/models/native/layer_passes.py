@@ -30,6 +30,7 @@ class LayerPasses:
     def rms(self, x_RD: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``x / rms(x) * gain`` and 1 / rms(x), [R, 1] in fp32; ``gain`` fp32, rows of ``x`` may lie apart."""
         rows, size = x_RD.shape
+        _fit(gain_D.shape == (size,) and gain_D.dtype == torch.float32, x_RD, gain_D)
         out_RD, scale_R1 = x_RD.new_empty(rows, size), x_RD.new_empty(rows, 1, dtype=torch.float32)
         read = (c_int64(size), _at(x_RD), c_int64(x_RD.stride(0)), _at(gain_D), c_float(eps))
         made = (_at(out_RD), _at(scale_R1))
@@ -39,6 +40,7 @@ class LayerPasses:
     def rms_back(self, grad_RD: Tensor, x_RD: Tensor, gain_D: Tensor, scale_R1: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of :meth:`rms` with respect to ``x`` and, in fp32, ``gain``."""
         (rows, size), blocks = x_RD.shape, -(-len(x_RD) // GAIN_BLOCK)
+        _fit(gain_D.shape == (size,) and scale_R1.numel() == rows and grad_RD.shape == (rows, size), x_RD, gain_D)
         grad_x_RD = x_RD.new_empty(rows, size)
         grad_gain_BD = x_RD.new_empty(blocks, size, dtype=torch.float32)
         sizes = (c_int64(GAIN_BLOCK), c_int64(rows), c_int64(size), _at(x_RD), c_int64(x_RD.stride(0)))
@@ -49,6 +51,7 @@ class LayerPasses:
     def swiglu(self, gate_up_RF: Tensor, share_R1: Tensor | None = None) -> Tensor:
         """``silu(gate) * up`` of [R, 2F], gate first, times each row's fp32 share."""
         rows, size = gate_up_RF.shape[0], gate_up_RF.shape[1] // 2
+        _fit(gate_up_RF.shape == (rows, 2 * size) and _shares_fit(share_R1, rows), gate_up_RF, share_R1)
         out_RF = gate_up_RF.new_empty(rows, size)
         read = (c_int64(size), _at(gate_up_RF), _at(share_R1), _at(out_RF))
         share_out(rows, LEAST_ROWS, lambda a, b: self._gate(c_int64(a), c_int64(b), *read))
@@ -59,6 +62,7 @@ class LayerPasses:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of :meth:`swiglu`, of the shares [R] in fp32 where there are some, and then its result again."""
         rows, size = grad_RF.shape
+        _fit(gate_up_RF.shape == (rows, 2 * size) and _shares_fit(share_R1, rows), grad_RF, gate_up_RF, share_R1)
         grad_gate_up, along_R, again_RF = torch.empty_like(gate_up_RF), None, None
         if share_R1 is not None:
             along_R, again_RF = grad_RF.new_empty(rows, dtype=torch.float32), torch.empty_like(grad_RF)
@@ -74,6 +78,8 @@ class LayerPasses:
             IndexError: a label that is none of the vocabulary.
         """
         rows, size = logits_RV.shape
+        labels_R = labels_R.to(torch.int64).contiguous()
+        _fit(labels_R.shape == (rows,) and logits_RV.is_contiguous(), logits_RV, labels_R)
         bad_R = labels_R[(labels_R < 0) | (labels_R >= size)]
         if len(bad_R):
             raise IndexError(f"label {int(bad_R[0])} lies outside of the vocabulary, 0 to {size - 1}")
@@ -89,6 +95,21 @@ def layer_passes(dtype: torch.dtype) -> LayerPasses | None:
     compiled = library()
     there = compiled is not None and form_of(compiled, "rms_rows", dtype) is not None
     return LayerPasses(compiled, dtype) if compiled is not None and there else None
+
+
+def _shares_fit(share_R1: Tensor | None, rows: int) -> bool:
+    return share_R1 is None or (share_R1.shape == (rows, 1) and share_R1.dtype == torch.float32)
+
+
+def _fit(fits: bool, *operands: Tensor | None) -> None:
+    """Compiled code trusts its sizes.
+
+    Raises:
+        RuntimeError: as torch's own operations do, where shapes do not belong together.
+    """
+    if not fits:
+        shapes = " and ".join(str(list(x.shape)) for x in operands if x is not None)
+        raise RuntimeError(f"sizes do not belong together: {shapes}")
 
 
 def _at(values: Tensor | None) -> c_void_p:

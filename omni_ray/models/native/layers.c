@@ -89,8 +89,8 @@ void NAMED(cross_entropy_rows)(
         for (int i = 1; i < LANES; i++) highest = high[i] > highest ? high[i] : highest;
         EACH_VECTOR(size, V p = share_of(widened(row + i, count) - highest);
                     for (int64_t j = count; j < LANES; j++) p[j] = 0; sum += p;)
-        const float all = total(sum), log_sum = highest + logf(all);
-        loss[r] = log_sum - widened(row + labels[r], 1)[0];
+        const float all = total(sum);
+        loss[r] = logf(all) - (widened(row + labels[r], 1)[0] - highest);
         if (!slopes) continue;
         const float share = 1.0f / all;
         const float label = share_of((V){0} + (widened(row + labels[r], 1)[0] - highest))[0] * share - 1.0f;

@@ -102,7 +102,7 @@ void NAMED(product_rows)(
     int64_t b_down, int64_t b_right, void *out, int64_t out_down, int64_t add, void *scratch) {
     const int64_t size = STEP == 1 || add ? sizeof(float) : sizeof(E);
     const int64_t together = size < (int64_t)sizeof(float) && inputs > DEEP ? TOGETHER : end - first;
-    if (inputs == 0 && !add)
+    if (inputs == 0 && outputs && !add)
         for (int64_t r = first; r < end; r++) memset((char *)out + r * out_down * size, 0, (size_t)(outputs * size));
     for (int64_t r = first; r < end; r += together)
         rows_together(least(end - r, together), outputs, inputs, (Strided){a + r * a_down, a_down, a_right},

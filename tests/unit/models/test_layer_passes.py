@@ -118,6 +118,33 @@ def test_what_is_no_number_is_told_and_a_foreign_label_is_refused(passes: tuple[
             functions.cross_entropy(x, labels, slopes=True)
 
 
+def test_sizes_that_do_not_belong_together_are_refused(passes: tuple[LayerPasses, torch.dtype]) -> None:
+    functions, dtype = passes
+    x, share = drawn(6, 40, dtype=dtype), torch.ones(6, 1)
+    for wrong in (
+        lambda: functions.rms(x, torch.ones(39), 1e-5),
+        lambda: functions.rms(x, torch.ones(40, dtype=torch.float64), 1e-5),
+        lambda: functions.swiglu(x[:, :39].contiguous()),
+        lambda: functions.swiglu(x, share[:1]),
+        lambda: functions.swiglu_back(x, x),
+        lambda: functions.cross_entropy(x, torch.zeros(2, dtype=torch.int64), slopes=False),
+        lambda: functions.cross_entropy(x[:, ::2], torch.zeros(6, dtype=torch.int64), slopes=False),
+    ):
+        with pytest.raises(RuntimeError, match="sizes do not belong together"):
+            wrong()
+    labels = torch.tensor([1, 0, 3, 0, 39, 7])
+    wanted = functions.cross_entropy(x, labels, slopes=False)
+    assert torch.equal(functions.cross_entropy(x, labels.int(), slopes=False), wanted)
+
+
+def test_a_gain_that_torch_would_spread_or_refuse(passes: tuple[LayerPasses, torch.dtype]) -> None:
+    x = drawn(6, 40, dtype=passes[1])
+    one = torch.full((1,), 2.0, dtype=passes[1])
+    torch.testing.assert_close(rms_norm(x, one, 1e-5), rms_norm(x, one.expand(40).contiguous(), 1e-5))
+    with pytest.raises(RuntimeError, match="must match"):
+        rms_norm(x, one.expand(8).contiguous(), 1e-5)
+
+
 def works(dtype: torch.dtype) -> list[tuple[Callable[..., Tensor], list[Tensor]]]:
     """What the networks call, and its inputs."""
     labels = torch.arange(ROWS) % 50
