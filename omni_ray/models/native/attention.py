@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omni_ray.models.native.library import form_of, library
+from omni_ray.models.native.library import form_of, library, own_products_are_faster
 from omni_ray.models.native.threads import Scratch, share_out
 
 
@@ -113,7 +113,10 @@ class _Shape(NamedTuple):
 
 @functools.cache
 def attention(dtype: torch.dtype) -> Attention | None:
-    """The compiled functions; None where there is no compiler, they are switched off or the dtype has none."""
-    compiled = library()
+    """The compiled functions; None where there is no compiler, they are switched off or the dtype has none.
+
+    In bf16, where nearly all is products, a processor that multiplies whole tiles serves torch's form better.
+    """
+    compiled = library() if dtype != torch.bfloat16 or own_products_are_faster() else None
     there = compiled is not None and form_of(compiled, "attend", dtype) is not None
     return Attention(compiled, dtype) if compiled is not None and there else None

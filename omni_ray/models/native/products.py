@@ -7,19 +7,16 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import c_int64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni_ray.models.native.library import form_of, library
+from omni_ray.models.native.library import form_of, library, own_products_are_faster
 from omni_ray.models.native.threads import LEAST_ROWS, Scratch, share_out
 
 LEAST_WORK = 1 << 20
 """Sums of fewer products, about 20 microseconds, are not worth another thread."""
-VENDOR = "AuthenticAMD"
-"""torch's libraries leave a sixth of the peak of these processors unused, in groups of few rows half; elsewhere not."""
 
 
 class Products:
@@ -94,7 +91,7 @@ class Products:
 @functools.cache
 def products(dtype: torch.dtype) -> Products | None:
     """The compiled functions; None where there is no compiler, they are switched off or torch's own are faster."""
-    compiled = library() if _vendor() == VENDOR else None
+    compiled = library() if own_products_are_faster() else None
     there = compiled is not None and form_of(compiled, "product_rows", dtype) is not None
     return Products(compiled, dtype) if compiled is not None and there else None
 
@@ -124,11 +121,3 @@ def _ends_at(ends_G: Tensor, rows: int) -> bool:
 def _stepping(matrix: Tensor) -> Tensor:
     """The matrix itself where one of its last two steps is 1, else a copy."""
     return matrix if 1 in matrix.stride()[-2:] and 0 not in matrix.stride() else matrix.contiguous()
-
-
-def _vendor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
