@@ -133,14 +133,7 @@ int64_t NAMED(attend_scratch_bytes)(int64_t length, int64_t nope, int64_t rope, 
 /* scores [count] of one query over the keys that it sees become probabilities without their common factor, zeros as far as
  * `filled`, the next multiple of LANES; their sum, and the logarithm of the true one. */
 static float weigh(float *scores, int64_t count, int64_t filled, E *to, float *log_sum) {
-    for (int64_t i = count; i < filled; i++) scores[i] = -INFINITY;
-    V high = *(const U *)scores;
-    for (int64_t i = LANES; i < filled; i += LANES) {
-        const V s = *(const U *)(scores + i);
-        high = pick(s > high, s, high);
-    }
-    float highest = high[0];
-    for (int i = 1; i < LANES; i++) highest = high[i] > highest ? high[i] : highest;
+    const float highest = highest_score(scores, count, filled);
     V sum = (V){0};
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omni_ray.models.native.library import form_of, library, own_products_are_faster
+from omni_ray.models.native.library import form_of, library_with, own_products_are_faster
 from omni_ray.models.native.threads import Scratch, share_out
 
 
@@ -117,6 +117,6 @@ def attention(dtype: torch.dtype) -> Attention | None:
 
     In bf16, where nearly all is products, a processor that multiplies whole tiles serves torch's form better.
     """
-    compiled = library() if dtype != torch.bfloat16 or own_products_are_faster() else None
-    there = compiled is not None and form_of(compiled, "attend", dtype) is not None
-    return Attention(compiled, dtype) if compiled is not None and there else None
+    fast = dtype != torch.bfloat16 or own_products_are_faster()
+    compiled = library_with("attend", dtype) if fast else None
+    return None if compiled is None else Attention(compiled, dtype)

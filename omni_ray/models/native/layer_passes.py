@@ -11,7 +11,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from omni_ray.models.native.library import form_of, library
+from omni_ray.models.native.library import form_of, library_with, must_fit
 from omni_ray.models.native.threads import LEAST_ROWS, share_out
 
 GAIN_BLOCK = 64
@@ -92,9 +92,8 @@ class LayerPasses:
 @functools.cache
 def layer_passes(dtype: torch.dtype) -> LayerPasses | None:
     """The compiled functions; None where there is no compiler, they are switched off or the dtype has none."""
-    compiled = library()
-    there = compiled is not None and form_of(compiled, "rms_rows", dtype) is not None
-    return LayerPasses(compiled, dtype) if compiled is not None and there else None
+    compiled = library_with("rms_rows", dtype)
+    return None if compiled is None else LayerPasses(compiled, dtype)
 
 
 def _shares_fit(share_R1: Tensor | None, rows: int) -> bool:
@@ -102,14 +101,7 @@ def _shares_fit(share_R1: Tensor | None, rows: int) -> bool:
 
 
 def _fit(fits: bool, *operands: Tensor | None) -> None:
-    """Compiled code trusts its sizes.
-
-    Raises:
-        RuntimeError: as torch's own operations do, where shapes do not belong together.
-    """
-    if not fits:
-        shapes = " and ".join(str(list(x.shape)) for x in operands if x is not None)
-        raise RuntimeError(f"sizes do not belong together: {shapes}")
+    must_fit(fits, "sizes do not belong together", *operands)
 
 
 def _at(values: Tensor | None) -> c_void_p:

@@ -85,8 +85,7 @@ void NAMED(cross_entropy_rows)(
         V high = (V){0} - INFINITY, sum = (V){0};
         EACH_VECTOR(size, V v = widened(row + i, count); for (int64_t j = count; j < LANES; j++) v[j] = -INFINITY;
                     high = pick(v > high, v, high);)
-        float highest = high[0];
-        for (int i = 1; i < LANES; i++) highest = high[i] > highest ? high[i] : highest;
+        const float highest = highest_of(high);
         EACH_VECTOR(size, V p = share_of(widened(row + i, count) - highest);
                     for (int64_t j = count; j < LANES; j++) p[j] = 0; sum += p;)
         const float all = total(sum);

@@ -119,6 +119,23 @@ def _processor() -> bytes:
     return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip(": ") in told})).encode()
 
 
+def library_with(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """:func:`library` where it has the function ``name`` for operands of ``dtype``."""
+    compiled = library()
+    return compiled if compiled is not None and form_of(compiled, name, dtype) is not None else None
+
+
+def must_fit(fits: bool, words: str, *operands: Tensor | None) -> None:
+    """Compiled code trusts its sizes.
+
+    Raises:
+        RuntimeError: as torch's own operations do, where shapes do not belong together.
+    """
+    if not fits:
+        shapes = " and ".join(f"{list(x.shape)} (steps {list(x.stride())})" for x in operands if x is not None)
+        raise RuntimeError(f"{words}: {shapes}")
+
+
 @functools.cache
 def own_products_are_faster() -> bool:
     """Whether products compiled here beat torch's; from the processor's vendor, so all processes of a machine agree."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from omni_ray.models.native.library import library
-from omni_ray.models.native.threads import LEAST_ROWS, share_out
+from omni_ray.models.native.threads import LEAST_ROWS, Scratch, share_out
 
 
 class Passes:
@@ -22,6 +22,7 @@ class Passes:
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._library = compiled
         self.lanes = int(compiled.lanes())
+        self._scratch = Scratch()
 
     def norm(self, x_RD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
         """``x / rms(x) * gain``."""
@@ -65,8 +66,7 @@ class Passes:
         read = (_at(query_RD), _at(key_RD), _at(value_RD), c_int64(value_RD.stride(0)))
 
         def share(first: int, end: int) -> None:
-            scratch = torch.empty(room)
-            made = (_at(out_RD), _at(log_sum_NhL), _at(scratch))
+            made = (_at(out_RD), _at(log_sum_NhL), c_void_p(self._scratch(room * out_RD.element_size())))
             self._library.window_attend(c_int64(first), c_int64(end), *sizes, *read, *made)
 
         share_out(windows * heads, max(1, LEAST_ROWS // length), share)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni_ray.models.native.library import form_of, library, own_products_are_faster
+from omni_ray.models.native.library import form_of, library_with, must_fit, own_products_are_faster
 from omni_ray.models.native.threads import LEAST_ROWS, Scratch, share_out
 
 LEAST_WORK = 1 << 20
@@ -91,9 +91,8 @@ class Products:
 @functools.cache
 def products(dtype: torch.dtype) -> Products | None:
     """The compiled functions; None where there is no compiler, they are switched off or torch's own are faster."""
-    compiled = library() if own_products_are_faster() else None
-    there = compiled is not None and form_of(compiled, "product_rows", dtype) is not None
-    return Products(compiled, dtype) if compiled is not None and there else None
+    compiled = library_with("product_rows", dtype) if own_products_are_faster() else None
+    return None if compiled is None else Products(compiled, dtype)
 
 
 def _typed(function: Any, kinds: str) -> Any:
@@ -103,14 +102,7 @@ def _typed(function: Any, kinds: str) -> Any:
 
 
 def _fit(fits: bool, *operands: Tensor) -> None:
-    """Compiled code trusts its sizes.
-
-    Raises:
-        RuntimeError: as torch's own products do, where shapes do not fit.
-    """
-    if not fits:
-        shapes = " and ".join(f"{list(x.shape)} (steps {list(x.stride())})" for x in operands)
-        raise RuntimeError(f"matrices cannot be multiplied: {shapes}")
+    must_fit(fits, "matrices cannot be multiplied", *operands)
 
 
 def _ends_at(ends_G: Tensor, rows: int) -> bool:

@@ -128,6 +128,23 @@ static inline V below_one(V x) {
     return exponential_between(pick(x < least, least, x));
 }
 
+static inline float highest_of(V v) {
+    float highest = v[0];
+    for (int i = 1; i < LANES; i++) highest = v[i] > highest ? v[i] : highest;
+    return highest;
+}
+
+/* The highest of scores [count], behind which -infinity is written as far as `filled`, the next multiple of LANES. */
+static inline float highest_score(float *scores, int64_t count, int64_t filled) {
+    for (int64_t i = count; i < filled; i++) scores[i] = -INFINITY;
+    V most = *(const U *)scores;
+    for (int64_t i = LANES; i < filled; i += LANES) {
+        const V s = *(const U *)(scores + i);
+        most = pick(s > most, s, most);
+    }
+    return highest_of(most);
+}
+
 static inline float total(V v) {
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];

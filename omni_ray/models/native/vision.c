@@ -52,14 +52,7 @@ static void panels(
 /* scores [L, filled up to whole vectors] become e^(score - highest); their sum, and the logarithm of the real one. */
 static inline float weigh(float *scores, int64_t length, float *log_sum) {
     const int64_t filled = (length + LANES - 1) / LANES * LANES;
-    for (int64_t i = length; i < filled; i++) scores[i] = -INFINITY;
-    V most = *(const U *)scores;
-    for (int64_t i = LANES; i < filled; i += LANES) {
-        const V s = *(const U *)(scores + i);
-        most = pick(s > most, s, most);
-    }
-    float highest = most[0];
-    for (int i = 1; i < LANES; i++) highest = most[i] > highest ? most[i] : highest;
+    const float highest = highest_score(scores, length, filled);
     V sum = (V){0};
     for (int64_t i = 0; i < filled; i += LANES) {
         const V p = below_one(*(const U *)(scores + i) - highest);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -193,14 +193,6 @@ def test_the_form_without_a_compiler_agrees(
     for found, plain in zip(compiled, all_of(), strict=True):
         assert found.dtype == plain.dtype
         torch.testing.assert_close(found, plain, rtol=bound, atol=bound)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_same_bits_on_two_threads(passes: tuple[LayerPasses, torch.dtype], two_threads: None) -> None:

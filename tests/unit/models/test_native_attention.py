@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -116,14 +115,6 @@ def test_a_sequences_bits_feel_neither_neighbours_nor_threads(
         alone = made(functions, Operands(*(x[start:end] for x in operands)), [0, end - start], grad[start:end])
         for place, (one, all_) in enumerate(zip(alone, together, strict=True)):
             assert torch.equal(one, all_[:, start:end] if place == 1 else all_[start:end])
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_no_row_feels_the_future_and_no_bad_number_is_lost(compiled: tuple[Attention, torch.dtype]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -116,14 +115,6 @@ def test_an_elements_bits_feel_neither_rows_columns_nor_layout(inputs: int, dtyp
         assert torch.equal(product(a, b[:, start:end]), whole[:, start:end])
     assert torch.equal(product(a.t().contiguous().t(), b), whole)
     assert torch.equal(product(a, b.t().contiguous().t()), whole)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_same_bits_on_two_threads(two_threads: None, dtype: torch.dtype) -> None:
